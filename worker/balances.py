@@ -1,0 +1,1 @@
+"""Name what Khipu answers: the envelope, read strictly, with exact money."""
