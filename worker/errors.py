@@ -72,10 +72,14 @@ class ConfigurationError(BalancesError):
 
 
 class KhipuFailure(BalancesError):
-    """An attempt brought no answer that counts; `outcome` says how it failed."""
+    """An attempt brought no answer that counts; `outcome` says how it failed.
 
-    def __init__(self, outcome: Outcome) -> None:
+    `sent`: some of the request had been written by then, perhaps all of it, so Khipu may be working on it.
+    """
+
+    def __init__(self, outcome: Outcome, *, sent: bool = False) -> None:
         self.outcome = outcome
+        self.sent = sent
         super().__init__(f"{outcome.code} {outcome.type or outcome.kind}")
 
 
@@ -93,3 +97,11 @@ class StoreUnavailable(BalancesError):
 
 class DeadLettered(BalancesError):
     """The poll went to a dead-letter queue: code and type, nothing else (Flower shows this text)."""
+
+
+class Waiting(BalancesError):
+    """The poll is to be tried again: code, type and countdown, nothing else (Flower shows this text)."""
+
+
+class PollCrashed(BalancesError):
+    """A fault of ours ended the poll; the name of its type, nothing else. The lease brings the poll back."""

@@ -111,6 +111,10 @@ SHORT_JITTER = 0.2
 #: Waits are stretched by up to this share, never shortened: nothing may be asked before the four hours are over.
 WAIT_JITTER = 0.05
 
+#: An accounts file that lacks more accounts than this, and more than this share, is not believed without `--force`.
+MAX_REMOVED = 2
+MAX_REMOVED_SHARE = 0.2
+
 
 def decide(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) -> Decision:
     """What follows `outcome`, for an account with `counters`. `jitter` in [0, 1) is the caller's randomness."""
@@ -141,6 +145,11 @@ def decide(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) 
 def is_contract_drift(outcome: Outcome) -> bool:
     """Whether Khipu answered with a type that this table does not know."""
     return outcome.kind is Kind.ANSWERED and outcome.type not in set(ErrorType)
+
+
+def is_mass_removal(known: int, gone: int) -> bool:
+    """Whether an accounts file that lacks `gone` of `known` accounts looks like an accident."""
+    return gone > MAX_REMOVED and gone > known * MAX_REMOVED_SHARE
 
 
 def _answered(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) -> Decision:

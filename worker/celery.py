@@ -1,0 +1,201 @@
+"""Assemble the Celery app that `celery -A worker` finds, its logging, and what its processes share.
+
+Nothing waits in Celery: no countdown, no ETA, no acknowledgement. A message is a hint to look at the timetable, so the
+queues are consumed without acknowledgements and the scripts of the timetable push the messages themselves, from the
+template made here by Celery's and kombu's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import structlog
+from celery import Celery, signals
+from kombu import Connection, Queue
+
+from worker.credentials import CredentialStore
+from worker.errors import ConfigurationError
+from worker.khipu import KhipuClient
+from worker.settings import Settings, load_settings
+from worker.timetable import ANSWERS, POLLS, Timetable, connect
+
+POLL_TASK = "balances.poll"
+
+#: Numbers that stand in a template for a number to come; nothing else in a message has nineteen digits.
+_NUMBERS = {"poll": 7777777777777777771, "attempt": 7777777777777777772, "retries": 7777777777777777773}
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What a process of this package works with."""
+
+    settings: Settings
+    timetable: Timetable
+    khipu: KhipuClient
+    credentials: CredentialStore
+    salt: bytes
+
+
+@lru_cache(maxsize=1)
+def wiring() -> Wiring:
+    """This process's wiring, made when it is first asked for."""
+    settings = load_settings()
+    client = connect(settings.store_url())
+    timetable = Timetable(client, stream=settings.stream, message=poll_template(), letter=letter_template())
+    credentials = CredentialStore(os.environ, settings.secrets_dir)
+    return Wiring(settings, timetable, KhipuClient(settings.khipu_url), credentials, timetable.salt())
+
+
+def configuration() -> dict[str, Any]:
+    """Celery's configuration; a mistake in ours stops the process with status 2, before anything has started."""
+    with exiting_on_mistakes():
+        settings = load_settings()
+        url = settings.store_url()
+    return {
+        **_broker(url),
+        "task_queues": [Queue(POLLS, no_ack=True), Queue(ANSWERS, no_ack=True)],
+        "task_default_queue": POLLS,
+        "task_create_missing_queues": False,
+        "task_ignore_result": True,
+        "task_track_started": True,
+        "worker_send_task_events": True,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "beat_scheduler": "worker.beat:TimetableScheduler",
+        "worker_pool": "threads",
+        "worker_concurrency": settings.concurrency,
+        # A message is taken only when a thread is free: what waits, waits in the queue, where every worker can have it.
+        "worker_disable_prefetch": True,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_connection_timeout": 2,
+    }
+
+
+def _broker(url: str) -> dict[str, Any]:
+    """The broker's settings for `url`; kombu writes Sentinel's addresses its own way."""
+    # One list per queue instead of four; beside that, a dead connection must not hold a worker for long.
+    options: dict[str, Any] = {"priority_steps": [0], "socket_connect_timeout": 2, "socket_keepalive": True}
+    if not url.startswith("sentinel://"):
+        return {"broker_url": url, "broker_transport_options": options}
+    credentials, at, rest = url.removeprefix("sentinel://").rpartition("@")
+    hosts, master, *database = rest.split("/")
+    number = database[0] if database else "0"
+    urls = ";".join(f"sentinel://{credentials}{at}{host}/{number}" for host in hosts.split(","))
+    return {"broker_url": urls, "broker_transport_options": {**options, "master_name": master}}
+
+
+@contextmanager
+def exiting_on_mistakes() -> Iterator[None]:
+    """Ends the process with status 2 and every mistake on a line of its own, where the configuration is wrong."""
+    try:
+        yield
+    except ConfigurationError as error:
+        for problem in error.problems:
+            print(f"balances: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+app = Celery("balances", include=["worker.tasks"])
+app.add_defaults(configuration)
+
+
+# --------------------------------------------------------------------------------------------------- message templates
+
+
+def poll_template() -> str:
+    """The message of a poll as kombu's Redis transport would push it, with placeholders `@login@`, `@account@`,
+    `@poll@`, `@attempt@`, `@retries@`."""
+    return _with_placeholders(json.dumps(_as_pushed()))
+
+
+def letter_template() -> str:
+    """A dead letter: a poll's message addressed to `@queue@`, with the reason, JSON, in the header `reason`."""
+    message = _as_pushed()
+    message["headers"]["reason"] = "@reason@"
+    message["properties"]["delivery_info"]["routing_key"] = "@queue@"
+    return _with_placeholders(json.dumps(message)).replace('"@reason@"', "@reason@")
+
+
+def _as_pushed() -> dict[str, Any]:
+    """What Celery hands to kombu for this poll, and kombu's virtual transport to its queue."""
+    kwargs = {"login": "@login@", "account": "@account@", "poll": _NUMBERS["poll"], "attempt": _NUMBERS["attempt"]}
+    task_message = Celery("template", set_as_current=False).amqp.as_task_v2(
+        "@account@.@poll@", POLL_TASK, (), kwargs, retries=_NUMBERS["retries"], ignore_result=True, origin="timetable"
+    )
+    with Connection("memory://") as connection:
+        channel: Any = connection.channel()
+        channel.body_encoding = None  # the body as plain text, so that it can be filled in
+        queue = Queue("template", channel=channel, exclusive=True)
+        queue.declare()
+        connection.Producer(channel).publish(
+            task_message.body,
+            routing_key=queue.name,
+            serializer="json",
+            headers=task_message.headers,
+            **task_message.properties,
+        )
+        message: dict[str, Any] = channel._get(queue.name)
+    del message["properties"]["body_encoding"]
+    message["properties"]["delivery_info"]["routing_key"] = POLLS
+    message["properties"]["delivery_tag"] = "@account@.@poll@.@attempt@"
+    return message
+
+
+def _with_placeholders(text: str) -> str:
+    for name, number in _NUMBERS.items():
+        text = text.replace(str(number), f"@{name}@")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------- logging
+
+
+def configure_logging(level: int | str = logging.INFO) -> None:
+    """One line per event: for people on a terminal, JSON elsewhere; Celery's own lines in the same form."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer = (
+        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(sort_keys=False)
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    final: list[Any] = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        structlog.processors.format_exc_info,
+        renderer,
+    ]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()], processors=final
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    # Our own line per attempt says more than Celery's "received" and "succeeded".
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@signals.setup_logging.connect
+def _setup_logging(loglevel: int | None = None, **_: object) -> None:
+    configure_logging(loglevel or logging.INFO)

@@ -1,0 +1,97 @@
+-- Adds, changes and retires definitions: called by beat and by `balances sync`, in batches.
+--
+-- ARGV  1 serial that the caller compared with  2 "set" | "retire" | "finish"
+--   set:    3 … ten per account: alias, definition, revision, identity, schedule, slot (ms), login, institution, source,
+--           scheme
+--   retire: 3 … aliases
+--   finish: 3 retry  4 limits  5 request_deadline_ms  6 lease_margin_ms  7 retention_ms  8 content digest
+-- Returns { "applied", how many changed } or { "overtaken", serial }: another apply came between; compare again
+--
+-- A changed identity is a new generation: own pins, own latest, own tokens (rule 7). Anything else leaves the account's
+-- step alone, but for the due time of a scheduled account whose schedule changed.
+
+local serial, event = ARGV[1], ARGV[2]
+local changed = 0
+
+-- Takes the account off its login. A request in flight keeps the login's place until it ends (rule 1).
+local function take_off(alias, login)
+  redis.call('ZREM', 'due:' .. login, alias)
+  redis.call('SREM', 'aliases:' .. login, alias)
+  place(login)
+end
+
+-- Pins and tokens of the older generation stay for answers that are still to come, and go with the stream's memory.
+local function forget(alias, generation)
+  remove_letter(alias)
+  redis.call('PEXPIRE', 'pins:' .. alias .. ':' .. generation, whole(config_ms('retention_ms') or 30 * DAY_MS))
+  redis.call('HDEL', 'latest', alias)
+  redis.call('HDEL', 'account:' .. alias, 'latest_poll', 'latest_attempt', 'latest_fingerprint', 'last_ok',
+    'last_outcome')
+end
+
+local function start(alias, a, d)
+  local generation = d.identity == a.identity and a.generation or whole((a.generation or 0) + 1)
+  redis.call('HSET', 'account:' .. alias, 'generation', generation, 'tries', 0, 'waits', 0, 'losses', 0)
+  redis.call('PERSIST', 'pins:' .. alias .. ':' .. generation)
+  redis.call('HSETNX', 'account:' .. alias, 'poll', 0)
+  redis.call('HSETNX', 'account:' .. alias, 'attempt', 0)
+  step(alias, d.login, 'scheduled', tonumber(d.slot))
+end
+
+local function set(d)
+  local key = 'account:' .. d.alias
+  local a = fields(key, 'state', 'identity', 'generation', 'schedule', 'login', 'revision')
+  if a.state ~= 'retired' and a.revision == d.revision then return end
+  local is_new = not a.state or a.state == 'retired'
+  local is_other = not is_new and a.identity ~= d.identity
+  if is_other then
+    take_off(d.alias, a.login)
+    forget(d.alias, a.generation)
+  end
+  redis.call('HSET', key, 'definition', d.definition, 'revision', d.revision, 'identity', d.identity, 'schedule',
+    d.schedule, 'slot', d.slot, 'login', d.login, 'institution', d.institution, 'source', d.source)
+  redis.call('HSET', 'revisions', d.alias, d.revision)
+  redis.call('SADD', 'aliases:' .. d.login, d.alias)
+  redis.call('SADD', 'logins', d.login)
+  redis.call('HSET', 'login:' .. d.login, 'scheme', d.scheme)
+  if is_new or is_other then
+    start(d.alias, a, d)
+  elseif a.state == 'scheduled' and a.schedule ~= d.schedule then
+    step(d.alias, d.login, 'scheduled', tonumber(d.slot))
+  end
+  place(d.login)
+  changed = changed + 1
+end
+
+local function retire(alias)
+  local a = fields('account:' .. alias, 'state', 'login', 'generation')
+  if not a.state or a.state == 'retired' then return end
+  redis.call('HSET', 'account:' .. alias, 'state', 'retired')
+  redis.call('HDEL', 'account:' .. alias, 'paused', 'due', 'definition')
+  redis.call('HDEL', 'revisions', alias)
+  forget(alias, a.generation)
+  take_off(alias, a.login)
+  changed = changed + 1
+end
+
+local function finish()
+  redis.call('HSET', 'config', 'retry', ARGV[3], 'limits', ARGV[4], 'request_deadline_ms', ARGV[5],
+    'lease_margin_ms', ARGV[6], 'retention_ms', ARGV[7], 'content', ARGV[8])
+  redis.call('HINCRBY', 'config', 'serial', 1)
+  redis.call('ZADD', 'contents', whole(now), ARGV[8])
+end
+
+local at = redis.call('HGET', 'config', 'serial') or '0'
+if at ~= serial then return { 'overtaken', at } end
+if event == 'set' then
+  for i = 3, #ARGV, 10 do
+    set({ alias = ARGV[i], definition = ARGV[i + 1], revision = ARGV[i + 2], identity = ARGV[i + 3],
+      schedule = ARGV[i + 4], slot = ARGV[i + 5], login = ARGV[i + 6], institution = ARGV[i + 7],
+      source = ARGV[i + 8], scheme = ARGV[i + 9] })
+  end
+elseif event == 'retire' then
+  for i = 3, #ARGV do retire(ARGV[i]) end
+else
+  finish()
+end
+return { 'applied', changed }

@@ -1,0 +1,53 @@
+-- Begins a poll, once per token: called by a worker that holds its message.
+--
+-- ARGV  1 login  2 alias  3 poll  4 attempt  5 caller (one delivery of the message; may repeat its call)
+--       6 scheme that its credentials were chosen for
+--       7 fingerprint of its bank credential  8 fingerprint of its key or token ('' for none, "missing" for one it lacks)
+-- Returns { "begun", now, lease_ms, generation, definition, retry, limits, tries, waits, losses }
+--      or { "refused", kind, times }: that credential already failed; still dispatched, sent again later
+--      or { "scheme", scheme }: the login's scheme is another one; nothing was begun
+--      or { "stale" }: another token, or already begun
+
+local login, alias, poll, attempt, caller = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local fingerprints = { bank = ARGV[7], key = ARGV[8] }
+local key = 'account:' .. alias
+local held = token(alias, poll, attempt)
+local a = fields(key, 'state', 'poll', 'attempt', 'login', 'caller', 'generation', 'definition', 'tries', 'waits',
+  'losses')
+
+local function begun()
+  local c = fields('config', 'retry', 'limits')
+  return { 'begun', whole(now), whole(redis.call('HGET', 'login:' .. login, 'until') - now), a.generation,
+    a.definition, c.retry, c.limits, a.tries, a.waits, a.losses }
+end
+
+local function refuse(kind)
+  local times = redis.call('HINCRBY', 'login:' .. login, 'refusals', 1)
+  redis.call('HSET', 'login:' .. login, 'until', whole(now + config_ms('lease_margin_ms')))
+  place(login)
+  return { 'refused', kind, times }
+end
+
+if is_begun(a, login, poll, attempt) and a.caller == caller then
+  return begun()
+end
+if not is_dispatched(a, login, poll, attempt) then
+  if not is_begun(a, login, poll, attempt) then free(login, held) end
+  place(login)
+  count('stale begin')
+  return { 'stale' }
+end
+local scheme = redis.call('HGET', 'login:' .. login, 'scheme')
+if scheme ~= ARGV[6] then return { 'scheme', scheme } end
+for _, kind in ipairs({ 'key', 'bank' }) do
+  local offered = fingerprints[kind]
+  if offered == 'missing' or redis.call('HEXISTS', 'failed', offered) == 1 then return refuse(kind) end
+end
+
+redis.call('HSET', key, 'state', 'polling', 'caller', caller, 'begun_at', whole(now), 'last_at', whole(now))
+if attempt == '1' then redis.call('HSET', key, 'first_at', whole(now)) end
+redis.call('HSET', 'login:' .. login, 'bank', fingerprints.bank, 'key', fingerprints.key,
+  'until', whole(now + config_ms('request_deadline_ms') + config_ms('lease_margin_ms')))
+redis.call('HDEL', 'login:' .. login, 'refusals')
+place(login)
+return begun()

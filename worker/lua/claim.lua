@@ -1,0 +1,112 @@
+-- Claims what is due: called by beat, by any number of them at once.
+--
+-- ARGV  1 most (logins looked at)  2 message template
+-- Returns { dispatched, resent, wait_ms, lapsed }, lapsed a list of
+--   { login, alias, poll, attempt, state ("polling" | "awaiting"), tries, waits, losses }
+--
+-- A login is due when its place in the timetable is: `until` of what it holds, else the due time of its next account.
+-- Work goes out only while the queue has room, so that the timetable, not the queue, is the backlog. What lapsed while
+-- polling (a loss) or awaiting is not judged here: it is returned, and stays as it is until beat has applied a decision.
+
+local most, template = tonumber(ARGV[1]), ARGV[2]
+local margin_ms = config_ms('lease_margin_ms')
+local messages, lapsed = {}, {}
+local dispatched, resent = 0, 0
+
+-- Room: as many messages as live workers have threads, less those that wait.
+local function free_room()
+  local threads = 0
+  for _, worker in ipairs(redis.call('ZRANGE', 'workers', whole(real_now()), '+inf', 'BYSCORE')) do
+    threads = threads + tonumber(string.match(worker, ' (%d+)$'))
+  end
+  return threads - redis.call('LLEN', QUEUE)
+end
+
+local room = free_room()
+
+local function push(login, alias, poll, attempt)
+  messages[#messages + 1] = fill(template, {
+    login = login, account = alias, poll = poll, attempt = attempt, retries = whole(attempt - 1),
+  })
+  room = room - 1
+end
+
+local function hold(login, held)
+  redis.call('HSET', 'login:' .. login, 'holder', held, 'until', whole(now + margin_ms))
+end
+
+local function dispatch(login, alias, account)
+  local poll, attempt = account.poll, whole(account.attempt + 1)
+  if account.state == 'scheduled' then
+    poll, attempt = whole(math.max(account.poll + 1, now)), '1'
+  end
+  redis.call('HSET', 'account:' .. alias, 'state', 'dispatched', 'poll', poll, 'attempt', attempt)
+  redis.call('ZREM', 'due:' .. login, alias)
+  hold(login, token(alias, poll, attempt))
+  push(login, alias, poll, attempt)
+  dispatched = dispatched + 1
+end
+
+local function return_lapsed(login, alias, a)
+  lapsed[#lapsed + 1] = { login, alias, a.poll, a.attempt, a.state, a.tries, a.waits, a.losses }
+end
+
+-- Rule 3: the holder's time is over. Returns whether the place is free now.
+local function lapse(login, held)
+  local alias, poll, attempt = string.match(held, '^(%S+) (%S+) (%S+)$')
+  local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses', 'login')
+  if is_dispatched(a, login, poll, attempt) then
+    if room > 0 then
+      push(login, alias, poll, attempt)
+      hold(login, held)
+      resent = resent + 1
+    end
+    return false
+  end
+  if is_begun(a, login, poll, attempt) and a.state == 'polling' then
+    return_lapsed(login, alias, a)
+    return false
+  end
+  free(login, held)
+  return true
+end
+
+local function next_account(login, probing, probe)
+  if probing then
+    local due = probe_due(login, probe)
+    return redis.call('HGET', 'login:' .. login, 'probe'), due
+  end
+  local first = redis.call('ZRANGE', 'due:' .. login, 0, 0, 'WITHSCORES')
+  return first[1], first[2]
+end
+
+local function serve_next(login, probing, probe)
+  local alias, due = next_account(login, probing, probe)
+  if not alias or tonumber(due) > now then return end
+  local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses')
+  if a.state == 'awaiting' then
+    return_lapsed(login, alias, a)
+  elseif room > 0 then
+    dispatch(login, alias, a)
+  end
+end
+
+local function serve(login)
+  local l = fields('login:' .. login, 'holder', 'probing', 'probe')
+  if not l.holder or lapse(login, l.holder) then
+    serve_next(login, l.probing, l.probe)
+  end
+  place(login)
+end
+
+for _, login in ipairs(redis.call('ZRANGE', 'timetable', '-inf', whole(now), 'BYSCORE', 'LIMIT', 0, most)) do
+  serve(login)
+end
+for i = 1, #messages, 1000 do
+  redis.call('LPUSH', QUEUE, unpack(messages, i, math.min(i + 999, #messages)))
+end
+redis.call('HSET', 'config', 'claimed_at', whole(now))
+
+local first = redis.call('ZRANGE', 'timetable', 0, 0, 'WITHSCORES')
+local wait_ms = first[2] and math.max(0, first[2] - now) or -1
+return { dispatched, resent, wait_ms, lapsed }

@@ -1,0 +1,19 @@
+-- Lays a pause over an account, whatever its state: an operator's command.
+--
+-- ARGV  1 alias
+-- Returns { "paused" } (also when it was) or { "refused", state }
+--
+-- State and due time live on underneath. A token that has not begun is void; a poll that has begun ends as it would.
+
+local alias = ARGV[1]
+local key = 'account:' .. alias
+local a = fields(key, 'state', 'login', 'paused')
+
+if not a.state or a.state == 'retired' then return { 'refused', a.state or 'unknown' } end
+if not a.paused then
+  redis.call('HSET', key, 'paused', whole(now))
+  void(alias, a.login)
+  redis.call('ZREM', 'due:' .. a.login, alias)
+  place(a.login)
+end
+return { 'paused' }

@@ -1,0 +1,20 @@
+-- Makes a scheduled account due now: an operator's command. It never shortens a wait and never lifts an overlay.
+--
+-- ARGV  1 alias
+-- Returns { "due" } or { "refused", state }
+
+local alias = ARGV[1]
+local a = fields('account:' .. alias, 'state', 'login', 'paused')
+
+local function why_not()
+  if a.state ~= 'scheduled' then return a.state or 'unknown' end
+  if a.paused then return 'paused' end
+  if redis.call('HEXISTS', 'login:' .. a.login, 'blocked') == 1 then return 'blocked' end
+  return nil
+end
+
+local reason = why_not()
+if reason then return { 'refused', reason } end
+step(alias, a.login, 'scheduled', now)
+place(a.login)
+return { 'due' }

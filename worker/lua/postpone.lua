@@ -1,0 +1,23 @@
+-- Lets an account wait: called by a worker after a failed attempt, and by beat after a lapsed one.
+--
+-- ARGV  1 login  2 alias  3 poll  4 attempt  5 countdown (ms)  6 tries  7 waits  8 losses  9 code
+-- Returns { "postponed", due } — also when the same token repeats its call — or { "stale" }
+
+local login, alias, poll, attempt, countdown_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local key = 'account:' .. alias
+local a = fields(key, 'state', 'poll', 'attempt', 'login', 'due')
+
+local postponed = is_begun(a, login, poll, attempt)
+
+if is_own(a, login, poll, attempt) and a.state == 'waiting' then
+  return { 'postponed', a.due }
+end
+if postponed then
+  redis.call('HSET', key, 'tries', ARGV[6], 'waits', ARGV[7], 'losses', ARGV[8], 'last_outcome', ARGV[9])
+  step(alias, login, 'waiting', now + countdown_ms)
+else
+  count('stale postpone')
+end
+if not is_dispatched(a, login, poll, attempt) then free(login, token(alias, poll, attempt)) end
+place(login)
+return postponed and { 'postponed', whole(now + countdown_ms) } or { 'stale' }

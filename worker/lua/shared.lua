@@ -1,0 +1,220 @@
+-- What every script of the timetable is made of. Prepended to each of them; changes no key by being loaded.
+--
+-- Keys (all names are the contract's; <login> and <alias> are safe by their syntax):
+--   timetable            sorted set: login → moment of its next step (ms). Written by place() and by nothing else.
+--   due:<login>          sorted set: alias → due time (ms), for accounts that may be polled; in flight: not in it.
+--   login:<login>        hash: holder ("alias poll attempt"), until (ms) · scheme · refusals · bank, key (fingerprints last
+--                        accepted) · blocked (bank|key), fingerprint, blocked_at, code, type, manual, letter ·
+--                        failed_bank, failed_key (fingerprints to forgive) · probing, probe
+--   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot ·
+--                        state, due, paused · poll, attempt, caller, begun_at, first_at · tries, waits, losses ·
+--                        last_ok, last_outcome, last_at · queue, letter, code, type, description, suspended_at ·
+--                        latest_poll, latest_attempt, latest_fingerprint
+--   aliases:<login>      set: the login's accounts          logins   set: every login ever defined
+--   revisions            hash: alias → revision of every account defined now
+--   parked               set: aliases parked until a notification
+--   pins:<alias>:<generation>   set: the AccountIds first seen
+--   latest               hash: alias → the newest balance, as on the stream
+--   operation:<id>       string: alias, so that an operation is published once
+--   failed               hash: fingerprint → kind, of every credential that must not be sent
+--   failures:<login>     sorted set: fingerprint of a bank credential → when it failed (ms)
+--   released:<scope>     string: when that scope was last released (ms)
+--   config               hash: retry, limits (JSON), *_ms, content, serial        contents  sorted set: digests applied
+--   workers              sorted set: "host threads" → until when it is alive (ms, real time)
+--   counts               hash: things that happened, counted
+--   clock:offset         string: ms that tests move the one clock by
+
+local QUEUE = 'balances.polls'
+local DAY_MS = 86400000
+
+-- The one clock: ms since the epoch, of this server.
+local function real_now()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+local function read_clock()
+  return real_now() + (tonumber(redis.call('GET', 'clock:offset')) or 0)
+end
+
+local now = read_clock()
+
+-- A whole number as text; Lua alone would write 1.7e+12.
+local function whole(n)
+  return string.format('%.0f', n)
+end
+
+local function count(what)
+  redis.call('HINCRBY', 'counts', what, 1)
+end
+
+local function config_ms(name)
+  return tonumber(redis.call('HGET', 'config', name))
+end
+
+-- Fields of a hash as a table; what is not there is nil.
+local function fields(key, ...)
+  local values = redis.call('HMGET', key, ...)
+  local found = {}
+  for i, name in ipairs({...}) do
+    found[name] = values[i] or nil
+  end
+  return found
+end
+
+local function token(alias, poll, attempt)
+  return alias .. ' ' .. poll .. ' ' .. attempt
+end
+
+-- ISO 8601 in UTC, from ms (days → civil date after Howard Hinnant's algorithm).
+local function iso(ms)
+  local days, rest = math.floor(ms / DAY_MS), ms % DAY_MS
+  local z = days + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%03dZ', year, month, doy - math.floor((153 * mp + 2) / 5) + 1,
+    math.floor(rest / 3600000), math.floor(rest / 60000) % 60, math.floor(rest / 1000) % 60, rest % 1000)
+end
+
+-- A Celery message from its template: @login@, @account@, @poll@, @attempt@ … filled in, nothing else.
+local function fill(template, values)
+  return (string.gsub(template, '@(%l+)@', values))
+end
+
+----------------------------------------------------------------------------------------------- the login's place
+
+-- After an unblock one account probes: the one chosen before, while it can still be polled; else the first that is due.
+-- An account that awaits its callback asks nothing, so it probes only where there is no other.
+local function probe_due(login, probe)
+  local due = probe and redis.call('ZSCORE', 'due:' .. login, probe)
+  if due then return due end
+  local candidates = redis.call('ZRANGE', 'due:' .. login, 0, -1)
+  local chosen = candidates[1]
+  for _, alias in ipairs(candidates) do
+    if redis.call('HGET', 'account:' .. alias, 'state') ~= 'awaiting' then
+      chosen = alias
+      break
+    end
+  end
+  if not chosen then
+    redis.call('HDEL', 'login:' .. login, 'probe')
+    return nil
+  end
+  redis.call('HSET', 'login:' .. login, 'probe', chosen)
+  return redis.call('ZSCORE', 'due:' .. login, chosen)
+end
+
+-- Rule 1, and the end of every script: where the login stands in the timetable follows from its state alone.
+local function place(login)
+  local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe')
+  local at
+  if l.blocked then
+    at = nil
+  elseif l.holder then
+    at = l['until']
+  elseif l.probing then
+    at = probe_due(login, l.probe)
+  else
+    at = redis.call('ZRANGE', 'due:' .. login, 0, 0, 'WITHSCORES')[2]
+  end
+  if at then
+    redis.call('ZADD', 'timetable', at, login)
+  else
+    redis.call('ZREM', 'timetable', login)
+  end
+end
+
+-- Frees the place if, and only if, that token holds it.
+local function free(login, held)
+  if redis.call('HGET', 'login:' .. login, 'holder') == held then
+    redis.call('HDEL', 'login:' .. login, 'holder', 'until', 'refusals')
+  end
+end
+
+----------------------------------------------------------------------------------------------- the account's step
+
+local BEGUN = { polling = true, awaiting = true }
+
+local function is_own(account, login, poll, attempt)
+  return account.login == login and account.poll == poll and account.attempt == attempt
+end
+
+-- Whether the account's own request is under way with this token: only then does its end move the account.
+local function is_begun(account, login, poll, attempt)
+  return is_own(account, login, poll, attempt) and BEGUN[account.state] or false
+end
+
+-- Whether the token was sent out and no worker has begun it yet.
+local function is_dispatched(account, login, poll, attempt)
+  return is_own(account, login, poll, attempt) and account.state == 'dispatched'
+end
+
+-- Gives the account its next step, under whatever lies over it: a paused one keeps it, out of sight of beat.
+local function step(alias, login, state, due)
+  redis.call('HSET', 'account:' .. alias, 'state', state, 'due', whole(due))
+  if redis.call('HEXISTS', 'account:' .. alias, 'paused') == 0 then
+    redis.call('ZADD', 'due:' .. login, whole(due), alias)
+  end
+end
+
+-- Voids a token that was dispatched and has not begun. Its place stays held: only its token, or `until`, frees that.
+local function void(alias, login)
+  local a = fields('account:' .. alias, 'state', 'attempt', 'due')
+  if a.state == 'dispatched' then
+    step(alias, login, a.attempt == '1' and 'scheduled' or 'waiting', tonumber(a.due))
+  end
+end
+
+----------------------------------------------------------------------------------------------- dead letters and events
+
+-- The reason as the letter's header carries it; `code`, `type`, `description` arrive as one JSON object.
+local function with_times(reason, attempts, first_at, accounts)
+  local r = cjson.decode(reason)
+  r.attempts, r.first_at, r.last_at, r.accounts = attempts, iso(first_at), iso(now), accounts
+  return cjson.encode(r)
+end
+
+local function push_letter(template, queue, login, alias, poll, attempt, reason)
+  local letter = fill(template, {
+    login = login, account = alias, poll = poll, attempt = attempt, retries = whole(attempt - 1),
+    queue = queue, reason = reason,
+  })
+  redis.call('LPUSH', queue, letter)
+  return letter
+end
+
+local function remove_letter(alias)
+  local a = fields('account:' .. alias, 'queue', 'letter')
+  if a.letter then redis.call('LREM', a.queue, 1, a.letter) end
+  redis.call('SREM', 'parked', alias)
+  redis.call('HDEL', 'account:' .. alias, 'queue', 'letter', 'code', 'type', 'description', 'suspended_at')
+end
+
+-- Puts one CloudEvent on the stream, which is trimmed by age and never by count.
+local function publish(stream, id, source, type, subject, time_ms, data)
+  redis.call('XADD', stream, 'MINID', '~', whole(real_now() - config_ms('retention_ms')), '*',
+    'specversion', '1.0', 'id', id, 'source', source, 'type', type, 'subject', subject, 'time', iso(time_ms),
+    'datacontenttype', 'application/json', 'dataschema', 'urn:balance-poller:' .. type, 'data', data)
+end
+
+-- Tells the ledger why an account's figure grows old, or that it no longer does.
+local function publish_account(stream, alias, type, about)
+  local a = fields('account:' .. alias, 'source', 'poll', 'institution')
+  about.account, about.institution, about.poll = alias, a.institution, tonumber(a.poll)
+  publish(stream, alias .. '.' .. a.poll .. '.' .. type, a.source, type, alias, now, cjson.encode(about))
+end
+
+-- Brings a suspended or parked account back: a new poll, no memory of what went before.
+local function bring_back(stream, alias, login, due, by)
+  remove_letter(alias)
+  redis.call('HSET', 'account:' .. alias, 'tries', 0, 'waits', 0, 'losses', 0)
+  step(alias, login, 'scheduled', due)
+  publish_account(stream, alias, 'account.resumed.v1', { by = by })
+end
+
+local NEEDS_LETTER = { suspended = true, parked = true }

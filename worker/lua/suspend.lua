@@ -1,0 +1,135 @@
+-- Ends a poll in a dead letter, in one step: called by a worker after a failed attempt, and by beat after a lapsed one.
+--
+-- ARGV  1 "suspended" | "parked" | "blocked"  2 stream  3 dead-letter template  4 queue
+--       5 login  6 alias  7 poll  8 attempt  9 reason: JSON object with code, type, description  10 code
+--       11 short wait (ms), where a notification or a new credential has overtaken the failure
+--       12 which credential ("bank" | "key")  13 its fingerprint ('' for none)  14 "refused" if no host has another
+-- Returns { "suspended" } or { "parked" }: the account alone; also when the same token repeats its call
+--      or { "blocked" }: the whole login, whatever the token says (rule 4)
+--      or { "postponed", due }: overtaken; the account waits shortly
+--      or { "stale" }: another token; only counted
+
+local mode, stream, template, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local login, alias, poll, attempt = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local reason, code, short_ms = ARGV[9], ARGV[10], tonumber(ARGV[11])
+local key, login_key = 'account:' .. alias, 'login:' .. login
+local held = token(alias, poll, attempt)
+local a = fields(key, 'state', 'poll', 'attempt', 'login', 'institution', 'begun_at', 'first_at')
+local own = is_own(a, login, poll, attempt)
+local begun, dispatched = is_begun(a, login, poll, attempt), is_dispatched(a, login, poll, attempt)
+
+local function explain(letter_key, letter)
+  local r = cjson.decode(reason)
+  redis.call('HSET', letter_key, 'letter', letter, 'code', r.code, 'type', r.type, 'description', r.description)
+end
+
+local function postpone_shortly()
+  redis.call('HSET', key, 'last_outcome', code)
+  step(alias, login, 'waiting', now + short_ms)
+  return { 'postponed', whole(now + short_ms) }
+end
+
+local function stale()
+  count('stale ' .. mode)
+  return { 'stale' }
+end
+
+-------------------------------------------------------------------------------------------------- one account
+
+-- Lost wake-up: a release of this account's scope came after the poll that would park it began.
+local function was_released_since()
+  local scopes = { '*|*', a.institution .. '|*', '*|' .. login, a.institution .. '|' .. login, alias }
+  for _, scope in ipairs(scopes) do
+    local at = redis.call('GET', 'released:' .. scope)
+    if at and tonumber(at) >= tonumber(a.begun_at) then return true end
+  end
+  return false
+end
+
+local function suspend_account()
+  if own and a.state == mode then return { mode } end
+  if not begun then return stale() end
+  if mode == 'parked' and was_released_since() then return postpone_shortly() end
+  local full = with_times(reason, tonumber(attempt), tonumber(a.first_at), nil)
+  explain(key, push_letter(template, queue, login, alias, poll, attempt, full))
+  redis.call('HSET', key, 'state', mode, 'queue', queue, 'last_outcome', code, 'suspended_at', whole(now))
+  if mode == 'parked' then redis.call('SADD', 'parked', alias) end
+  publish_account(stream, alias, 'account.suspended.v1', { state = mode, code = code, queue = queue })
+  return { mode }
+end
+
+-------------------------------------------------------------------------------------------------- the whole login
+
+local kind, fingerprint, is_refused = ARGV[12], ARGV[13], ARGV[14] == 'refused'
+local l = fields(login_key, 'blocked', 'bank', 'key', 'holder', 'letter')
+
+-- What failed is never sent again, by any login, until it is forgiven.
+local function remember_failed()
+  if fingerprint == '' then return end
+  redis.call('HSET', 'failed', fingerprint, kind)
+  redis.call('HSET', login_key, 'failed_' .. kind, fingerprint)
+  if kind == 'bank' then redis.call('ZADD', 'failures:' .. login, whole(now), fingerprint) end
+end
+
+-- Where the bank log-on fails twice in a day, or is not ours to replace, only an operator may unblock.
+local function only_operator()
+  if kind ~= 'bank' then return false end
+  return fingerprint == '' or redis.call('ZCOUNT', 'failures:' .. login, whole(now - DAY_MS), '+inf') >= 2
+end
+
+-- Nothing of a blocked login goes out: what was dispatched and has not begun is void.
+local function void_holder()
+  local holder = l.holder and string.match(l.holder, '^(%S+)')
+  if holder and redis.call('HGET', 'account:' .. holder, 'login') == login then void(holder, login) end
+end
+
+local function tell_accounts(aliases)
+  for _, each in ipairs(aliases) do
+    if not NEEDS_LETTER[redis.call('HGET', 'account:' .. each, 'state')] then
+      publish_account(stream, each, 'account.suspended.v1', { state = 'blocked', code = code, queue = queue })
+    end
+  end
+end
+
+local function write_block()
+  redis.call('HSET', login_key, 'blocked', kind, 'fingerprint', fingerprint, 'blocked_at', whole(now))
+  if only_operator() then redis.call('HSET', login_key, 'manual', 1) end
+  redis.call('HDEL', login_key, 'probing', 'probe', 'refusals')
+end
+
+local function block_login()
+  remember_failed()
+  if begun or dispatched then step(alias, login, 'scheduled', now) end
+  if l.blocked then
+    -- A failed log-on outweighs a failed key: a renewed token never lifts an E1xx.
+    if l.blocked == 'key' and kind == 'bank' then write_block() end
+    return { 'blocked' }
+  end
+  local aliases = redis.call('SMEMBERS', 'aliases:' .. login)
+  table.sort(aliases)
+  local full = with_times(reason, tonumber(attempt), tonumber(a.first_at or now), aliases)
+  write_block()
+  explain(login_key, push_letter(template, queue, login, alias, poll, attempt, full))
+  void_holder()
+  tell_accounts(aliases)
+  return { 'blocked' }
+end
+
+local function was_replaced_since()
+  return fingerprint ~= '' and l[kind] and l[kind] ~= fingerprint and not is_refused
+end
+
+local function block()
+  if begun then redis.call('HSET', key, 'last_outcome', code) end
+  if not was_replaced_since() then return block_login() end
+  remember_failed()
+  if begun then return postpone_shortly() end
+  return stale()
+end
+
+--------------------------------------------------------------------------------------------------
+
+local result = mode == 'blocked' and block() or suspend_account()
+if result[1] == 'blocked' or not dispatched then free(login, held) end
+place(login)
+return result

@@ -1,0 +1,47 @@
+-- Lifts a login's block and removes its letter; one account probes first.
+--
+-- ARGV  1 stream  2 login  3 "operator" | "bank" | "key"  4 fingerprint of the new credential (not for the operator)
+-- Returns { "unblocked" } or { "refused", why }
+--
+-- The operator forgives what failed. A worker that holds a credential of the kind that failed, another one that has not
+-- failed itself, lifts the block with it, unless the block is for an operator alone.
+
+local stream, login, by, fingerprint = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local key = 'login:' .. login
+local l = fields(key, 'blocked', 'manual', 'letter', 'failed_bank', 'failed_key')
+
+local function forgive()
+  for _, failed in ipairs({ l.failed_bank or '', l.failed_key or '' }) do
+    redis.call('HDEL', 'failed', failed)
+    redis.call('ZREM', 'failures:' .. login, failed)
+  end
+  redis.call('HDEL', key, 'failed_bank', 'failed_key')
+end
+
+local function why_not()
+  if not l.blocked then return 'not blocked' end
+  if by == 'operator' then return nil end
+  if l.manual then return 'only an operator may unblock' end
+  if by ~= l.blocked then return 'the other credential failed' end
+  if fingerprint == '' or redis.call('HEXISTS', 'failed', fingerprint) == 1 then return 'it failed' end
+  return nil
+end
+
+local function tell_accounts()
+  for _, alias in ipairs(redis.call('SMEMBERS', 'aliases:' .. login)) do
+    if not NEEDS_LETTER[redis.call('HGET', 'account:' .. alias, 'state')] then
+      publish_account(stream, alias, 'account.resumed.v1', { by = by == 'operator' and 'unblock' or 'new credential' })
+    end
+  end
+end
+
+local reason = why_not()
+if reason then return { 'refused', reason } end
+if by == 'operator' then forgive() else redis.call('HSET', key, by, fingerprint) end
+if l.letter then redis.call('LREM', 'balances.dead.do-not-retry', 1, l.letter) end
+redis.call('HDEL', key, 'blocked', 'fingerprint', 'blocked_at', 'manual', 'letter', 'code', 'type', 'description',
+  'refusals')
+redis.call('HSET', key, 'probing', 1)
+tell_accounts()
+place(login)
+return { 'unblocked' }

@@ -1,0 +1,304 @@
+"""Poll one account: begin, ask Khipu, decide, apply. Every step is a call to the module that owns it.
+
+    message ─▶ begin ─▶ ask ─▶ decide ─┬▶ settle                      SUCCESS
+                 │                     ├▶ postpone                    RETRY, with the countdown
+               stale: ignored          └▶ suspend, park, block        FAILURE, `DeadLettered`
+
+No rule and no number lives here. A task carries a token and returns nothing; what it raises shows in Flower, and is a
+code and a type, never a balance, an account number or a secret.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from traceback import extract_tb
+from typing import NoReturn, TypeVar
+from uuid import uuid4
+
+import structlog
+from celery import Task
+from celery.exceptions import Ignore
+from celery.exceptions import Retry as CeleryRetry
+from celery.worker.request import Request
+
+from worker.accounts import Scheme
+from worker.balances import Accepted, Answer, check_currency
+from worker.celery import POLL_TASK, Wiring, app, wiring
+from worker.credentials import Credentials, Fingerprints, fingerprints
+from worker.errors import (
+    DeadLettered,
+    KhipuFailure,
+    Kind,
+    MissingSecret,
+    Outcome,
+    PollCrashed,
+    StoreUnavailable,
+    Waiting,
+)
+from worker.policy import Block, Credential, DeadLetter, Publish, Retry, decide, is_contract_drift
+from worker.stream import observed
+from worker.timetable import (
+    MISSING,
+    Begun,
+    CredentialRefused,
+    Event,
+    OtherScheme,
+    Postponed,
+    Suspension,
+    Token,
+    source_of,
+)
+
+log = structlog.get_logger()
+
+#: Refusals in a row after which no host seems to hold another credential (design, §2: "the third refusal blocks").
+MAX_REFUSALS = 3
+#: Pause between two tries to tell the timetable how a poll ended, while the server is away.
+PATIENCE_S = 0.5
+
+#: A 202 to a request that named no callback: nothing will come, so it is asked again like an answer not understood.
+UNEXPECTED_ACCEPTANCE = Outcome(Kind.UNREADABLE, code="UNREADABLE", description="202 without a CallbackUrl")
+#: The timetable knows the AccountIds of this account, and the answer has another one.
+FOREIGN_ANSWER = Outcome(Kind.FOREIGN, code="FOREIGN", description="AccountId or OperationId of another account")
+
+T = TypeVar("T")
+
+
+class UnacknowledgedRequest(Request):
+    """A request that sends no acknowledgement.
+
+    `Queue(no_ack=True)` alone does not stop them: kombu's virtual transports send MULTI/ZREM/HDEL/EXEC for each, and
+    keep one tag per task for ever. Nothing is lost by it: the lease of the timetable brings a poll back.
+    """
+
+    def acknowledge(self) -> None:
+        self.acknowledged = True
+
+    def reject(self, requeue: bool = False) -> None:  # noqa: ARG002 - Celery's signature
+        self.acknowledged = True
+
+
+class PollTask(Task):  # type: ignore[type-arg]
+    """What all tasks of this package are: never acknowledged, without results, quiet about expected ends."""
+
+    Request = "worker.tasks:UnacknowledgedRequest"
+    ignore_result = True
+    throws = (DeadLettered,)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """How long this worker may act on its token, by its own monotonic clock; started before the server's."""
+
+    started_s: float
+    ends_s: float
+
+    @property
+    def left_s(self) -> float:
+        return self.ends_s - time.monotonic()
+
+    @property
+    def used_ms(self) -> int:
+        return int((time.monotonic() - self.started_s) * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt of a poll, from its beginning to its decision."""
+
+    wiring: Wiring
+    begun: Begun
+    lease: Lease
+    credentials: Credentials
+    fingerprints: Fingerprints
+
+    @property
+    def token(self) -> Token:
+        return self.begun.token
+
+
+@app.task(name=POLL_TASK, base=PollTask)
+def poll(login: str, account: str, poll: int, attempt: int) -> None:
+    """Polls one account once, and leaves it with its next step in the timetable."""
+    token = Token(login, account, poll, attempt)
+    with structlog.contextvars.bound_contextvars(task=token.task_id, login=login, account=account, attempt=attempt):
+        try:
+            run(wiring(), token)
+        except (Ignore, CeleryRetry, DeadLettered):
+            raise
+        except Exception as error:  # noqa: BLE001 - the last fence before Flower
+            # A fault of ours. Its text may hold anything, so only its type goes out; the lease brings the poll back.
+            log.error("poll crashed", error=type(error).__name__, at=frames(error))
+            raise PollCrashed(type(error).__name__) from None
+
+
+def frames(error: Exception) -> list[str]:
+    """Where it was raised, without what it says."""
+    return [f"{frame.name} {frame.filename}:{frame.lineno}" for frame in extract_tb(error.__traceback__)]
+
+
+def run(wiring: Wiring, token: Token) -> None:
+    """begin → ask → conclude."""
+    attempt = begin(wiring, token)
+    outcome, answer = ask(attempt)
+    conclude(attempt, outcome, answer)
+
+
+# ----------------------------------------------------------------------------------------------------------- begin
+
+#: Scheme of each login as the timetable last said; begin corrects a wrong one before anything is begun.
+_schemes: dict[str, Scheme] = {}
+
+
+def begin(wiring: Wiring, token: Token) -> Attempt:
+    """Takes the token, with the credentials that this worker would send; a stale token ends here, ignored."""
+    lease_started_s = time.monotonic()
+    caller = uuid4().hex
+    while True:
+        scheme = _schemes.get(token.login, "api-key")
+        credentials, offered = offer(wiring, token.login, scheme)
+        begun = wiring.timetable.begin(token, caller=caller, scheme=scheme, bank=offered.bank, key=offered.key)
+        match begun:
+            case OtherScheme():
+                _schemes[token.login] = begun.scheme
+            case CredentialRefused():
+                refuse(wiring, token, begun, offered)
+            case None:
+                log.info("stale message ignored")
+                raise Ignore()
+            case Begun():
+                assert credentials is not None, "begin takes no missing credential"  # noqa: S101
+                lease = Lease(lease_started_s, lease_started_s + begun.lease_ms / 1000)
+                return Attempt(wiring, begun, lease, credentials, offered)
+
+
+def offer(wiring: Wiring, login: str, scheme: Scheme) -> tuple[Credentials | None, Fingerprints]:
+    """The login's credentials as found here now, and what to call them in Redis."""
+    try:
+        credentials = wiring.credentials.credentials(login, scheme)
+    except MissingSecret as error:
+        log.error("secret missing", login=login, reason=str(error))
+        return None, Fingerprints(bank="", key=MISSING)
+    return credentials, fingerprints(credentials, wiring.salt)
+
+
+def refuse(wiring: Wiring, token: Token, refused: CredentialRefused, offered: Fingerprints) -> NoReturn:
+    """Sends nothing: this credential already failed, or is missing. Another host may hold a better one."""
+    log.warning("credential refused", credential=refused.credential, times=refused.times)
+    if refused.times < MAX_REFUSALS:
+        raise Ignore()
+    kind = Kind.LOG_ON_REFUSED if refused.credential is Credential.BANK else Kind.KEY_REFUSED
+    failed = offered.bank if refused.credential is Credential.BANK else offered.key
+    outcome = Outcome(kind, code=kind, description="no host offered another credential than the one that failed")
+    wiring.timetable.block(token, refused.credential, "" if failed == MISSING else failed, outcome, refused=True)
+    raise DeadLettered(f"{outcome.code} login blocked")
+
+
+# ------------------------------------------------------------------------------------------------------------- ask
+
+
+def ask(attempt: Attempt) -> tuple[Outcome, Answer | None]:
+    """Asks Khipu once, unless too little of the lease is left: a worker that was frozen must not send any more."""
+    deadline_s = attempt.begun.limits.request_deadline.total_seconds()
+    if attempt.lease.left_s < deadline_s:
+        log.warning("not sent: the lease is too short", left_s=round(attempt.lease.left_s, 1))
+        raise Ignore()
+    definition = attempt.begun.definition
+    try:
+        answer = attempt.wiring.khipu.fetch(definition, attempt.credentials, deadline_s=deadline_s)
+        if isinstance(answer, Accepted):
+            return UNEXPECTED_ACCEPTANCE, None
+        check_currency(answer, definition.currency)
+    except KhipuFailure as failure:
+        return failure.outcome, None
+    return Outcome(Kind.OK, code="ok"), answer
+
+
+# ------------------------------------------------------------------------------------------------- decide and apply
+
+
+def conclude(attempt: Attempt, outcome: Outcome, answer: Answer | None) -> None:
+    """Decides what follows and applies it; raises what Flower shows of it."""
+    begun = attempt.begun
+    decision = decide(outcome, begun.counters, random.random(), begun.retry)  # noqa: S311 - jitter, no secret
+    if not isinstance(decision, Publish):
+        fail(attempt, outcome, decision)
+    elif answer is None or not settle(attempt, answer):
+        conclude(attempt, FOREIGN_ANSWER, None)
+
+
+def settle(attempt: Attempt, answer: Answer) -> bool:
+    """Publishes the answer. False: it is another account's, and went nowhere."""
+    definition = attempt.begun.definition
+    fetched_at_ms = attempt.begun.now_ms + attempt.lease.used_ms
+    event = Event(
+        operation_id=answer.operation_id,
+        source=source_of(definition),
+        data=observed(definition, attempt.token.poll, answer, fetched_at_ms),
+        fingerprint=answer.fingerprint(),
+        account_ids=tuple(sorted({balance.account_id for balance in answer.balances})),
+        fetched_at_ms=fetched_at_ms,
+    )
+    settled = patiently(attempt.lease, lambda: attempt.wiring.timetable.settle(attempt.begun, event))
+    if settled is None:
+        return False
+    log.info(
+        "settled",
+        operation=answer.operation_id,
+        result=settled.result,
+        changed=settled.changed,
+        drift=list(answer.drift),
+        duration_s=attempt.lease.used_ms / 1000,
+    )
+    return True
+
+
+def fail(attempt: Attempt, outcome: Outcome, decision: Retry | DeadLetter | Block) -> NoReturn:
+    """Applies a decision that brings no balance, and raises what Flower shows of it."""
+    timetable, token, begun, prints = attempt.wiring.timetable, attempt.token, attempt.begun, attempt.fingerprints
+    applied = patiently(
+        attempt.lease,
+        lambda: timetable.conclude(token, outcome, decision, begun.retry, bank=prints.bank, key=prints.key),
+    )
+    log.warning(
+        "failed",
+        code=outcome.code,
+        type=outcome.type,
+        description=outcome.description,
+        decision=type(decision).__name__,
+        drift=is_contract_drift(outcome),
+        applied=applied if isinstance(applied, str) else type(applied).__name__,
+        duration_s=attempt.lease.used_ms / 1000,
+    )
+    show(outcome, applied, begun.now_ms + attempt.lease.used_ms)
+
+
+def show(outcome: Outcome, applied: Postponed | Suspension | None, now_ms: int) -> NoReturn:
+    """Flower's RETRY, FAILURE, or nothing for a stale token."""
+    what = f"{outcome.code} {outcome.type}" if outcome.type else outcome.code
+    match applied:
+        case None:
+            raise Ignore()
+        case Postponed():
+            countdown_s = max(0, round((applied.due_ms - now_ms) / 1000))
+            # Raised by hand it marks the row and sends nothing: beat sends the next attempt, under the same id.
+            raise CeleryRetry(exc=Waiting(f"{what}: again in {countdown_s} s"), when=countdown_s)  # type: ignore[arg-type]
+        case "blocked":
+            raise DeadLettered(f"{what} (login blocked)")
+        case _:
+            raise DeadLettered(what)
+
+
+def patiently(lease: Lease, call: Callable[[], T]) -> T:
+    """Repeats `call` while the server is away, as long as the lease lasts: a paid answer is worth waiting for."""
+    while True:
+        try:
+            return call()
+        except StoreUnavailable as error:
+            if lease.left_s <= 0:
+                raise
+            log.warning("waiting for the server", reason=str(error))
+            time.sleep(PATIENCE_S)

@@ -1,0 +1,598 @@
+"""Keep the timetable: when each login is next due, and one Lua script for every change of that.
+
+                  claim              begin                settle
+      scheduled ─────────▶ dispatched ─────▶ polling ─────────────────▶ scheduled, next slot
+          ▲                    ▲                │ postpone
+          │                    └──── claim ──── waiting ◀─┘
+          └── redrive, release ──────────── suspended, parked ◀── suspend
+
+The timetable is the truth, a Celery message is a hint. An account has exactly one next step, and it stands here: its
+regular slot, a retry in seconds, the four-hour wait, and the end of a lease are all the same thing, a due time. A
+token, (poll, attempt), tells whether a message or an answer still speaks of that step. The *login* is what the sorted
+set `timetable` holds, because the bank log-on is what may have one request at a time.
+
+The scripts live in `lua/`, with the keys described in `shared.lua` and arguments and results at each script's head;
+`docs/states.md` has every state and every event, and each of its cells is a test. This module gives the scripts names,
+types and one exception. It decides nothing: `worker.policy` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache, partial
+from hashlib import sha256
+from importlib import resources
+from itertools import islice
+from typing import Any, Literal, TypeVar, assert_never, cast
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError
+from redis.retry import Retry as ConnectionRetry
+
+from worker import policy, schedule
+from worker.accounts import Accounts, Definition, Limits, Retry, Scheme
+from worker.errors import Outcome, Refused, StoreUnavailable
+from worker.policy import Counters, Credential, DeadLetterQueue
+
+#: The queue that workers take polls from, and the one of answers that callbacks brought.
+POLLS = "balances.polls"
+ANSWERS = "balances.answers"
+#: Logins that one claim looks at: a claim of 500 takes about 26 ms of the server's time.
+CLAIM_BATCH = 500
+#: Accounts that one call of `apply` defines, for the same reason.
+APPLY_BATCH = 200
+#: What a worker offers to begin with in place of a credential that it does not have.
+MISSING = "missing"
+#: The server's refusals that pass by themselves, or by an operator's hand, without anything being wrong here.
+_PASSING = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY ")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Which attempt of which poll of which account: all that a message ever carries."""
+
+    login: str
+    account: str
+    poll: int
+    attempt: int
+
+    @property
+    def task_id(self) -> str:
+        return f"{self.account}.{self.poll}"
+
+    @property
+    def args(self) -> tuple[str, str, int, int]:
+        return self.login, self.account, self.poll, self.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Lapse:
+    """A token whose time is over: `state` is "polling" (its worker was lost) or "awaiting" (no callback came)."""
+
+    token: Token
+    state: Literal["polling", "awaiting"]
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one claim did. `wait_ms`: until the next login is due, None for an empty timetable."""
+
+    dispatched: int
+    resent: int
+    wait_ms: int | None
+    lapsed: tuple[Lapse, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A poll that may now be sent: its definition, and a lease of `lease_ms` from `now_ms` (server's time)."""
+
+    token: Token
+    now_ms: int
+    lease_ms: int
+    generation: int
+    definition: Definition
+    retry: Retry
+    limits: Limits
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialRefused:
+    """The credential offered already failed and was not begun with; `times` in a row for this login."""
+
+    credential: Credential
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class OtherScheme:
+    """The login's scheme is this one, not the one offered; nothing was begun."""
+
+    scheme: Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """The account is due again at this moment (ms, server's time)."""
+
+    due_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """`result`: "published" · "late" (published, the token was not current) · "repeated" (was published before)."""
+
+    result: Literal["published", "late", "repeated"]
+    changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What `settle` puts on the stream: `data` lacks only `late` and `changed`, which the script knows."""
+
+    operation_id: str
+    source: str
+    data: Mapping[str, object]
+    fingerprint: str
+    account_ids: tuple[str, ...]
+    fetched_at_ms: int
+
+
+Suspension = Literal["suspended", "parked", "blocked"]
+
+
+def connect(url: str, *, connections: int = 16) -> redis.Redis:
+    """A client for `url` (`redis`, `rediss` or `sentinel://host:port[,host:port]/master/db`), bounded in every way.
+
+    Calls may be repeated: every script answers a repeated call as it answered the first, or refuses it.
+    """
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "retry": ConnectionRetry(ExponentialBackoff(cap=0.5, base=0.05), 2),
+        "retry_on_error": [redis.ConnectionError, redis.TimeoutError],
+    }
+    if url.startswith("sentinel://"):
+        return _connect_sentinel(url, options)
+    pool = redis.BlockingConnectionPool.from_url(url, max_connections=connections, timeout=10, **options)
+    return redis.Redis(connection_pool=pool)
+
+
+def _connect_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
+    """`sentinel://[:password@]host:port[,host:port…]/master[/db]`: the current master, found anew after a failover."""
+    from redis.sentinel import Sentinel
+
+    credentials, _, rest = url.removeprefix("sentinel://").rpartition("@")
+    hosts, master, *database = rest.split("/")
+    addresses = [(host, int(port or 26379)) for host, _, port in (each.partition(":") for each in hosts.split(","))]
+    password = credentials.partition(":")[2] or None
+    sentinel: Any = Sentinel(addresses, socket_timeout=2)  # type: ignore[no-untyped-call]
+    number = int(database[0]) if database else 0
+    return cast(redis.Redis, sentinel.master_for(master, password=password, db=number, **options))
+
+
+@lru_cache
+def script_text(name: str) -> str:
+    """The script `name`, with what all of them share in front."""
+    folder = resources.files("worker") / "lua"
+    return "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("shared", name))
+
+
+class Timetable:
+    """Every change and every reading of the timetable, over one client.
+
+    `message` and `letter` are the templates of a poll's Celery message and of a dead letter (`worker.celery` makes
+    them); only beat and workers push, so only they need them.
+    """
+
+    def __init__(self, client: redis.Redis, *, stream: str, message: str = "", letter: str = "") -> None:
+        self._client = client
+        self._stream = stream
+        self._message = message
+        self._letter = letter
+        self._scripts: dict[str, Callable[..., Any]] = {}
+
+    def _run(self, script: str, *args: str | int) -> Any:
+        call = self._scripts.get(script)
+        if call is None:
+            call = self._scripts[script] = self._client.register_script(script_text(script))
+        return _guard(lambda: call(args=args))
+
+    # ------------------------------------------------------------------------------------------------ beat
+
+    def claim(self, most: int = CLAIM_BATCH) -> Claim:
+        """Dispatches what is due, as far as the queue has room; returns what lapsed, for a decision."""
+        dispatched, resent, wait_ms, lapsed = self._run("claim", most, self._message)
+        return Claim(dispatched, resent, None if wait_ms < 0 else wait_ms, tuple(map(_read_lapse, lapsed)))
+
+    def apply(self, accounts: Accounts, *, force: bool = False) -> int:
+        """Makes Redis hold these definitions; returns how many accounts were added, changed or retired.
+
+        Raises `Refused` where that would retire too many accounts at once, unless forced.
+        """
+        while True:
+            known = self.revisions()
+            gone = len(known.keys() - accounts.definitions.keys())
+            if not force and policy.is_mass_removal(len(known), gone):
+                raise Refused(
+                    f"this would remove {gone} of {len(known)} accounts; if it is meant: balances sync --force"
+                )
+            changed = self._apply_once(accounts)
+            if changed is not None:
+                return changed
+
+    def _apply_once(self, accounts: Accounts) -> int | None:
+        """One comparison, applied in batches; None when another apply came between."""
+        config = self._config("serial")
+        serial = config["serial"] or "0"
+        changed = 0
+        for event, batch in self._changes(accounts):
+            result, count = self._run("apply", serial, event, *batch)
+            if result == "overtaken":
+                return None
+            changed += int(count)
+        return changed
+
+    def _changes(self, accounts: Accounts) -> Iterator[tuple[str, Sequence[str | int]]]:
+        """The batches that lead from what Redis holds to `accounts`; the last one makes it the current content."""
+        known = self.revisions()
+        now_ms = self.now_ms()
+        changed = (d for d in accounts.definitions.values() if known.get(d.alias) != d.revision)
+        for batch in _batches(changed, APPLY_BATCH):
+            yield "set", [part for definition in batch for part in _definition_args(definition, now_ms)]
+        retired = (alias for alias in known if alias not in accounts.definitions)
+        for aliases in _batches(retired, APPLY_BATCH):
+            yield "retire", aliases
+        yield "finish", _config_args(accounts)
+
+    def revisions(self) -> dict[str, str]:
+        """Every account defined now: alias → revision."""
+        return cast(dict[str, str], _guard(lambda: self._client.hgetall("revisions")))
+
+    def current_content(self) -> str | None:
+        """Digest of the accounts file in force."""
+        return self._config("content")["content"]
+
+    def knows_content(self, digest: str) -> bool:
+        """Whether this accounts file was ever in force."""
+        return _guard(lambda: self._client.zscore("contents", digest)) is not None
+
+    def retry(self) -> Retry:
+        """The `[retry]` table in force."""
+        return Retry.model_validate_json(self._config("retry")["retry"] or "{}")
+
+    # ---------------------------------------------------------------------------------------------- worker
+
+    def begin(
+        self, token: Token, *, caller: str, scheme: Scheme, bank: str, key: str
+    ) -> Begun | OtherScheme | CredentialRefused | None:
+        """Begins the poll, once per token; the same caller may repeat. None: the token is stale.
+
+        `bank` and `key` are fingerprints of what this worker would send ('' for none, or `MISSING`).
+        """
+        result = self._run("begin", *token.args, caller, scheme, bank, key)
+        match result[0]:
+            case "begun":
+                return _read_begun(token, result)
+            case "scheme":
+                return OtherScheme(result[1])
+            case "refused":
+                return CredentialRefused(Credential(result[1]), int(result[2]))
+            case _:
+                return None
+
+    def settle(self, begun: Begun, event: Event) -> Settled | None:
+        """Publishes the answer, once per operation, whatever its token says. None: it is another account's."""
+        data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
+        definition = begun.definition
+        result = self._run(
+            "settle",
+            self._stream,
+            *begun.token.args,
+            begun.generation,
+            event.operation_id,
+            event.source,
+            event.fetched_at_ms,
+            data.removesuffix("}"),
+            event.fingerprint,
+            _next_slot_ms(definition, begun.now_ms, event.fetched_at_ms),
+            definition.revision,
+            *event.account_ids,
+        )
+        return None if result[0] == "foreign" else Settled(result[0], result[1] == "true")
+
+    def postpone(self, token: Token, countdown_ms: int, counters: Counters, code: str) -> Postponed | None:
+        """Lets the account wait. None: the token is stale, nothing changed."""
+        tried = (counters.tries, counters.waits, counters.losses)
+        return _read_postponed(self._run("postpone", *token.args, countdown_ms, *tried, code))
+
+    def conclude(
+        self,
+        token: Token,
+        outcome: Outcome,
+        decision: policy.Retry | policy.DeadLetter | policy.Block,
+        retry: Retry,
+        *,
+        bank: str = "",
+        key: str = "",
+    ) -> Postponed | Suspension | None:
+        """Applies what the policy decided of a failed attempt. None: the token is stale, nothing changed.
+
+        `bank` and `key` are fingerprints of what was sent.
+        """
+        match decision:
+            case policy.Retry(countdown, counters):
+                return self.postpone(token, _ms(countdown), counters, outcome.code)
+            case policy.DeadLetter(queue):
+                return self.suspend(token, queue, outcome, short_ms=_ms(retry.immediately[0]))
+            case policy.Block(credential):
+                failed = bank if credential is Credential.BANK else key
+                return self.block(token, credential, failed, outcome, short_ms=_ms(retry.immediately[0]))
+        assert_never(decision)
+
+    def suspend(
+        self, token: Token, queue: DeadLetterQueue, outcome: Outcome, *, short_ms: int = 0
+    ) -> Postponed | Suspension | None:
+        """Suspends the account, or parks it in the queue of those that await a notification, with its letter.
+
+        Returns the new state; or, where a release overtook the parking, a short wait of `short_ms`; or None for a
+        stale token.
+        """
+        state: Suspension = "parked" if queue is DeadLetterQueue.AFTER_NOTIFICATION else "suspended"
+        return self._suspend(state, token, queue, outcome, short_ms, "", "", "")
+
+    def block(
+        self,
+        token: Token,
+        credential: Credential,
+        fingerprint: str,
+        outcome: Outcome,
+        *,
+        short_ms: int = 0,
+        refused: bool = False,
+    ) -> Postponed | Suspension | None:
+        """Blocks the login until `credential` is another one or forgiven, whatever the token says.
+
+        `refused`: begin refused the credential too often, so that no host seems to have another. A failed credential
+        that was replaced since blocks nothing: the account waits `short_ms` (or, with a stale token, None).
+        """
+        queue = DeadLetterQueue.DO_NOT_RETRY
+        how = "refused" if refused else ""
+        return self._suspend("blocked", token, queue, outcome, short_ms, credential, fingerprint, how)
+
+    def _suspend(
+        self,
+        state: Suspension,
+        token: Token,
+        queue: DeadLetterQueue,
+        outcome: Outcome,
+        short_ms: int,
+        credential: str,
+        fingerprint: str,
+        how: str,
+    ) -> Postponed | Suspension | None:
+        reason = {"code": outcome.code, "type": outcome.type or "", "description": outcome.description}
+        # The letter is filled by the script, which knows the token; its queue and reason are placeholders as well.
+        result = self._run(
+            "suspend",
+            state,
+            self._stream,
+            self._letter,
+            queue,
+            *token.args,
+            json.dumps(reason),
+            outcome.code,
+            short_ms,
+            credential,
+            fingerprint,
+            how,
+        )
+        return cast(Suspension, result[0]) if result[0] == state else _read_postponed(result)
+
+    def register_worker(self, name: str, threads: int, ttl_s: int) -> None:
+        """Says that this worker is alive for `ttl_s` more seconds and how many polls it can run at once."""
+        seconds, micros = _guard(self._client.time)
+        until_ms = (seconds + ttl_s) * 1000 + micros // 1000
+        member = f"{name} {threads}"
+        _guard(lambda: self._client.zadd("workers", {member: until_ms}))
+        _guard(lambda: self._client.zremrangebyscore("workers", "-inf", until_ms - ttl_s * 1000))
+
+    def forget_worker(self, name: str, threads: int) -> None:
+        """Takes the worker's threads out of the queue's room."""
+        _guard(lambda: self._client.zrem("workers", f"{name} {threads}"))
+
+    def salt(self) -> bytes:
+        """The one salt of all credential fingerprints, made by whoever asks first."""
+        import secrets
+
+        _guard(lambda: self._client.set("salt", secrets.token_hex(16), nx=True))
+        return bytes.fromhex(cast(str, _guard(lambda: self._client.get("salt"))))
+
+    # -------------------------------------------------------------------------------------------- operator
+
+    def release(
+        self, aliases: Sequence[str] = (), *, institution: str = "", login: str = "", spread_ms: int = 1000
+    ) -> list[str]:
+        """Brings parked accounts back, the first at once, each other `spread_ms` later; returns their aliases."""
+        return cast(list[str], self._run("release", self._stream, spread_ms, institution, login, *aliases))
+
+    def redrive(self, alias: str) -> str | None:
+        """Brings a suspended account back. Returns None, or the state that refuses it."""
+        return _read_refusal(self._run("redrive", self._stream, alias))
+
+    def discard(self, alias: str) -> str | None:
+        """Throws the account's letter away and pauses it. Returns None, or the state that refuses it."""
+        return _read_refusal(self._run("discard", alias))
+
+    def unblock(self, login: str) -> str | None:
+        """Lifts the block and forgives what failed. Returns None, or why not."""
+        return _read_refusal(self._run("unblock", self._stream, login, "operator", ""))
+
+    def unblock_with(self, login: str, credential: Credential, fingerprint: str) -> str | None:
+        """Lifts the block with a new credential of the kind that failed. Returns None, or why not."""
+        return _read_refusal(self._run("unblock", self._stream, login, credential, fingerprint))
+
+    def pause(self, alias: str) -> str | None:
+        """Pauses the account. Returns None, or the state that refuses it."""
+        return _read_refusal(self._run("pause", alias))
+
+    def resume(self, alias: str) -> str | None:
+        """Resumes the account. Returns None, or the state that refuses it."""
+        return _read_refusal(self._run("resume", alias))
+
+    def poll(self, alias: str) -> str | None:
+        """Makes a scheduled account due now. Returns None, or the state that refuses it."""
+        return _read_refusal(self._run("poll", alias))
+
+    # --------------------------------------------------------------------------------------------- reading
+
+    def now_ms(self) -> int:
+        """The one clock: the server's, moved by tests only."""
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.time()
+        pipeline.get("clock:offset")
+        (seconds, micros), offset = _guard(pipeline.execute)
+        return int(seconds * 1000 + micros // 1000 + int(offset or 0))
+
+    def is_clock_moved(self) -> bool:
+        """Whether a test moves the clock, which nothing in production may do."""
+        return bool(_guard(lambda: self._client.exists("clock:offset")))
+
+    def accounts(self, aliases: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
+        """Every defined account (or those named), sorted, with the fields of its hash; an unknown one has none."""
+        for batch in _batches(sorted(self.revisions() if aliases is None else aliases), 1000):
+            yield from zip(batch, self._hashes([f"account:{alias}" for alias in batch]), strict=True)
+
+    def logins(self) -> dict[str, dict[str, str]]:
+        """Every login with the fields of its hash."""
+        names = sorted(cast(set[str], _guard(lambda: self._client.smembers("logins"))))
+        return dict(zip(names, self._hashes([f"login:{name}" for name in names]), strict=True))
+
+    def letters(self) -> Iterator[tuple[DeadLetterQueue, dict[str, Any]]]:
+        """Every dead letter, oldest first in its queue, as the Celery message that it is."""
+        for queue in DeadLetterQueue:
+            texts = cast(list[str], _guard(partial(self._client.lrange, queue, 0, -1)))
+            for text in reversed(texts):
+                yield queue, json.loads(text)
+
+    def latest(self) -> dict[str, str]:
+        """Every account's newest balance: alias → the event's data, JSON as on the stream."""
+        return cast(dict[str, str], _guard(lambda: self._client.hgetall("latest")))
+
+    def _config(self, *names: str) -> dict[str, str | None]:
+        values = cast(list[str | None], _guard(lambda: self._client.hmget("config", names)))
+        return dict(zip(names, values, strict=True))
+
+    def _hashes(self, keys: Sequence[str]) -> list[dict[str, str]]:
+        pipeline = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.hgetall(key)
+        return cast(list[dict[str, str]], _guard(pipeline.execute))
+
+
+def _guard(call: Callable[[], T]) -> T:
+    """Runs one call to the server; what passes by itself becomes `StoreUnavailable`, anything else is a fault."""
+    try:
+        return call()
+    except (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError) as error:
+        raise StoreUnavailable(f"Redis: {type(error).__name__}") from error
+    except redis.ResponseError as error:
+        if str(error).startswith(_PASSING):
+            raise StoreUnavailable(f"Redis: {str(error).split()[0]}") from error
+        raise
+
+
+def _ms(duration: timedelta) -> int:
+    return round(duration / timedelta(milliseconds=1))
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _next_slot_ms(definition: Definition, begun_ms: int, after_ms: int) -> int:
+    """The slot after this answer, no sooner than `min_gap` after the poll began."""
+    return schedule.next_slot_ms(definition, max(after_ms, begun_ms + definition.min_gap_ms - 1))
+
+
+def _definition_args(definition: Definition, now_ms: int) -> tuple[str | int, ...]:
+    identity = sha256(json.dumps(definition.identity).encode()).hexdigest()
+    plan = f"every {definition.every_ms}" if definition.every_ms else f"cron {definition.cron} {definition.timezone}"
+    return (
+        definition.alias,
+        definition.model_dump_json(),
+        definition.revision,
+        identity,
+        plan,
+        schedule.next_slot_ms(definition, now_ms),
+        definition.login,
+        definition.institution,
+        source_of(definition),
+        definition.scheme,
+    )
+
+
+def source_of(definition: Definition) -> str:
+    """The `source` of the account's events."""
+    return f"/khipu/{definition.country}/{definition.segment}/{definition.institution}"
+
+
+def _config_args(accounts: Accounts) -> tuple[str | int, ...]:
+    limits = accounts.limits
+    return (
+        accounts.retry.model_dump_json(),
+        limits.model_dump_json(),
+        limits.request_deadline_ms,
+        limits.lease_margin_ms,
+        limits.retention_ms,
+        accounts.digest,
+    )
+
+
+def _read_lapse(row: Sequence[str]) -> Lapse:
+    login, alias, poll, attempt, state, tries, waits, losses = row
+    counters = Counters(int(tries), int(waits), int(losses), int(attempt))
+    return Lapse(Token(login, alias, int(poll), int(attempt)), cast(Literal["polling", "awaiting"], state), counters)
+
+
+def _read_begun(token: Token, row: Sequence[str]) -> Begun:
+    _, now_ms, lease_ms, generation, definition, retry, limits, tries, waits, losses = row
+    return Begun(
+        token=token,
+        now_ms=int(now_ms),
+        lease_ms=int(lease_ms),
+        generation=int(generation),
+        definition=Definition.model_validate_json(definition),
+        retry=_read_retry(retry),
+        limits=_read_limits(limits),
+        counters=Counters(int(tries), int(waits), int(losses), token.attempt),
+    )
+
+
+@lru_cache(maxsize=4)
+def _read_retry(text: str) -> Retry:
+    return Retry.model_validate_json(text)
+
+
+@lru_cache(maxsize=4)
+def _read_limits(text: str) -> Limits:
+    return Limits.model_validate_json(text)
+
+
+def _read_postponed(row: Sequence[str]) -> Postponed | None:
+    return Postponed(int(row[1])) if row[0] == "postponed" else None
+
+
+def _read_refusal(row: Sequence[str]) -> str | None:
+    return row[1] if row[0] == "refused" else None
