@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 from celery import Celery, signals
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Queue
 
 from worker.credentials import CredentialStore
 from worker.errors import ConfigurationError
@@ -61,7 +61,7 @@ def configuration() -> dict[str, Any]:
         url = settings.store_url()
     return {
         **_broker(url),
-        "task_queues": [Queue(POLLS, no_ack=True), Queue(ANSWERS, no_ack=True)],
+        "task_queues": [Queue(name, Exchange(name), routing_key=name, no_ack=True) for name in (POLLS, ANSWERS)],
         "task_default_queue": POLLS,
         "task_create_missing_queues": False,
         "task_ignore_result": True,
@@ -107,7 +107,7 @@ def exiting_on_mistakes() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-app = Celery("balances", include=["worker.tasks"])
+app = Celery("balances", include=["worker.tasks", "worker.lifecycle"])
 app.add_defaults(configuration)
 
 

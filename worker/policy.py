@@ -63,13 +63,14 @@ class Counters:
     """What an account has been through since its last balance.
 
     `tries`: short retries since the last wait · `waits`: long waits in a row · `losses`: polls in a row that never
-    ended · `attempt`: requests of this poll, from 1.
+    ended · `attempt`: requests of this poll, from 1 · `last`: code of the failure before this one, '' for none.
     """
 
     tries: int = 0
     waits: int = 0
     losses: int = 0
     attempt: int = 1
+    last: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +181,11 @@ def _lost(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) -
 def _climb_once(
     outcome: Outcome, counters: Counters, jitter: float, retry: Ladders, queue: DeadLetterQueue
 ) -> Decision:
-    """Climb the transient ladder; what repeats after one long wait is a dead letter."""
-    if counters.waits:
+    """Climb the transient ladder; what repeats after one long wait is a dead letter.
+
+    Only what repeats: one bad deploy at Khipu must not suspend an account that was waiting for something else.
+    """
+    if counters.waits and counters.last == outcome.code:
         return DeadLetter(queue)
     return _climb(outcome, retry.transient, counters, jitter, retry)
 

@@ -29,6 +29,7 @@ from worker.balances import Accepted, Answer, check_currency
 from worker.celery import POLL_TASK, Wiring, app, wiring
 from worker.credentials import Credentials, Fingerprints, fingerprints
 from worker.errors import (
+    ConfigurationError,
     DeadLettered,
     KhipuFailure,
     Kind,
@@ -153,48 +154,58 @@ def run(wiring: Wiring, token: Token) -> None:
 _schemes: dict[str, Scheme] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What this worker would send for a login; without `credentials`, `lack` says what is missing here."""
+
+    credentials: Credentials | None
+    fingerprints: Fingerprints
+    lack: str = ""
+
+
 def begin(wiring: Wiring, token: Token) -> Attempt:
     """Takes the token, with the credentials that this worker would send; a stale token ends here, ignored."""
     lease_started_s = time.monotonic()
     caller = uuid4().hex
     while True:
         scheme = _schemes.get(token.login, "api-key")
-        credentials, offered = offer(wiring, token.login, scheme)
-        begun = wiring.timetable.begin(token, caller=caller, scheme=scheme, bank=offered.bank, key=offered.key)
+        offer = make_offer(wiring, token.login, scheme)
+        prints = offer.fingerprints
+        begun = wiring.timetable.begin(token, caller=caller, scheme=scheme, bank=prints.bank, key=prints.key)
         match begun:
             case OtherScheme():
                 _schemes[token.login] = begun.scheme
             case CredentialRefused():
-                refuse(wiring, token, begun, offered)
+                refuse(wiring, token, begun, offer)
             case None:
                 log.info("stale message ignored")
                 raise Ignore()
             case Begun():
-                assert credentials is not None, "begin takes no missing credential"  # noqa: S101
+                assert offer.credentials is not None, "begin takes no missing credential"  # noqa: S101
                 lease = Lease(lease_started_s, lease_started_s + begun.lease_ms / 1000)
-                return Attempt(wiring, begun, lease, credentials, offered)
+                return Attempt(wiring, begun, lease, offer.credentials, prints)
 
 
-def offer(wiring: Wiring, login: str, scheme: Scheme) -> tuple[Credentials | None, Fingerprints]:
+def make_offer(wiring: Wiring, login: str, scheme: Scheme) -> Offer:
     """The login's credentials as found here now, and what to call them in Redis."""
     try:
         credentials = wiring.credentials.credentials(login, scheme)
-    except MissingSecret as error:
-        log.error("secret missing", login=login, reason=str(error))
-        return None, Fingerprints(bank="", key=MISSING)
-    return credentials, fingerprints(credentials, wiring.salt)
+    except (MissingSecret, ConfigurationError) as error:
+        return Offer(None, Fingerprints(bank="", key=MISSING), lack=str(error))
+    return Offer(credentials, fingerprints(credentials, wiring.salt))
 
 
-def refuse(wiring: Wiring, token: Token, refused: CredentialRefused, offered: Fingerprints) -> NoReturn:
+def refuse(wiring: Wiring, token: Token, refused: CredentialRefused, offer: Offer) -> NoReturn:
     """Sends nothing: this credential already failed, or is missing. Another host may hold a better one."""
-    log.warning("credential refused", credential=refused.credential, times=refused.times)
+    log.warning("credential refused", credential=refused.credential, times=refused.times, lack=offer.lack)
     if refused.times < MAX_REFUSALS:
         raise Ignore()
-    kind = Kind.LOG_ON_REFUSED if refused.credential is Credential.BANK else Kind.KEY_REFUSED
-    failed = offered.bank if refused.credential is Credential.BANK else offered.key
+    is_bank = refused.credential is Credential.BANK
+    kind = Kind.LOG_ON_REFUSED if is_bank else Kind.KEY_REFUSED
+    failed = offer.fingerprints.bank if is_bank else offer.fingerprints.key
     outcome = Outcome(kind, code=kind, description="no host offered another credential than the one that failed")
     wiring.timetable.block(token, refused.credential, "" if failed == MISSING else failed, outcome, refused=True)
-    raise DeadLettered(f"{outcome.code} login blocked")
+    raise DeadLettered(f"{outcome.code} (login blocked)")
 
 
 # ------------------------------------------------------------------------------------------------------------- ask

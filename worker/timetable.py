@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache, partial
 from hashlib import sha256
 from importlib import resources
@@ -37,6 +36,7 @@ from worker import policy, schedule
 from worker.accounts import Accounts, Definition, Limits, Retry, Scheme
 from worker.errors import Outcome, Refused, StoreUnavailable
 from worker.policy import Counters, Credential, DeadLetterQueue
+from worker.settings import to_ms
 
 #: The queue that workers take polls from, and the one of answers that callbacks brought.
 POLLS = "balances.polls"
@@ -331,12 +331,12 @@ class Timetable:
         """
         match decision:
             case policy.Retry(countdown, counters):
-                return self.postpone(token, _ms(countdown), counters, outcome.code)
+                return self.postpone(token, to_ms(countdown), counters, outcome.code)
             case policy.DeadLetter(queue):
-                return self.suspend(token, queue, outcome, short_ms=_ms(retry.immediately[0]))
+                return self.suspend(token, queue, outcome, short_ms=to_ms(retry.immediately[0]))
             case policy.Block(credential):
                 failed = bank if credential is Credential.BANK else key
-                return self.block(token, credential, failed, outcome, short_ms=_ms(retry.immediately[0]))
+                return self.block(token, credential, failed, outcome, short_ms=to_ms(retry.immediately[0]))
         assert_never(decision)
 
     def suspend(
@@ -484,6 +484,10 @@ class Timetable:
             for text in reversed(texts):
                 yield queue, json.loads(text)
 
+    def history(self, alias: str) -> list[str]:
+        """The account's last attempts, newest first: "ended (ms) poll attempt duration (ms) outcome"."""
+        return cast(list[str], _guard(partial(self._client.lrange, f"history:{alias}", 0, -1)))
+
     def latest(self) -> dict[str, str]:
         """Every account's newest balance: alias → the event's data, JSON as on the stream."""
         return cast(dict[str, str], _guard(lambda: self._client.hgetall("latest")))
@@ -509,10 +513,6 @@ def _guard(call: Callable[[], T]) -> T:
         if str(error).startswith(_PASSING):
             raise StoreUnavailable(f"Redis: {str(error).split()[0]}") from error
         raise
-
-
-def _ms(duration: timedelta) -> int:
-    return round(duration / timedelta(milliseconds=1))
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -567,7 +567,7 @@ def _read_lapse(row: Sequence[str]) -> Lapse:
 
 
 def _read_begun(token: Token, row: Sequence[str]) -> Begun:
-    _, now_ms, lease_ms, generation, definition, retry, limits, tries, waits, losses = row
+    _, now_ms, lease_ms, generation, definition, retry, limits, tries, waits, losses, last = row
     return Begun(
         token=token,
         now_ms=int(now_ms),
@@ -576,7 +576,7 @@ def _read_begun(token: Token, row: Sequence[str]) -> Begun:
         definition=Definition.model_validate_json(definition),
         retry=_read_retry(retry),
         limits=_read_limits(limits),
-        counters=Counters(int(tries), int(waits), int(losses), token.attempt),
+        counters=Counters(int(tries), int(waits), int(losses), token.attempt, last),
     )
 
 

@@ -139,9 +139,7 @@ class World:
 
     def block(self, token: Token, *, refused: bool = False, credential: Credential = Credential.BANK) -> object:
         failed = self.bank if credential is Credential.BANK else self.key
-        return self.timetable.block(
-            token, credential, failed, OUTCOMES["block"], short_ms=5000, refused=refused
-        )
+        return self.timetable.block(token, credential, failed, OUTCOMES["block"], short_ms=5000, refused=refused)
 
     # -------------------------------------------------------------------------------------------- looking
 

@@ -3,7 +3,7 @@
 -- ARGV  1 login  2 alias  3 poll  4 attempt  5 caller (one delivery of the message; may repeat its call)
 --       6 scheme that its credentials were chosen for
 --       7 fingerprint of its bank credential  8 fingerprint of its key or token ('' for none, "missing" for one it lacks)
--- Returns { "begun", now, lease_ms, generation, definition, retry, limits, tries, waits, losses }
+-- Returns { "begun", now, lease_ms, generation, definition, retry, limits, tries, waits, losses, last_outcome }
 --      or { "refused", kind, times }: that credential already failed; still dispatched, sent again later
 --      or { "scheme", scheme }: the login's scheme is another one; nothing was begun
 --      or { "stale" }: another token, or already begun
@@ -13,12 +13,12 @@ local fingerprints = { bank = ARGV[7], key = ARGV[8] }
 local key = 'account:' .. alias
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'caller', 'generation', 'definition', 'tries', 'waits',
-  'losses')
+  'losses', 'last_outcome')
 
 local function begun()
   local c = fields('config', 'retry', 'limits')
   return { 'begun', whole(now), whole(redis.call('HGET', 'login:' .. login, 'until') - now), a.generation,
-    a.definition, c.retry, c.limits, a.tries, a.waits, a.losses }
+    a.definition, c.retry, c.limits, a.tries, a.waits, a.losses, a.last_outcome or '' }
 end
 
 local function refuse(kind)

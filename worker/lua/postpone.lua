@@ -5,7 +5,7 @@
 
 local login, alias, poll, attempt, countdown_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local key = 'account:' .. alias
-local a = fields(key, 'state', 'poll', 'attempt', 'login', 'due')
+local a = fields(key, 'state', 'poll', 'attempt', 'login', 'due', 'begun_at')
 
 local postponed = is_begun(a, login, poll, attempt)
 
@@ -14,6 +14,7 @@ if is_own(a, login, poll, attempt) and a.state == 'waiting' then
 end
 if postponed then
   redis.call('HSET', key, 'tries', ARGV[6], 'waits', ARGV[7], 'losses', ARGV[8], 'last_outcome', ARGV[9])
+  remember_end(alias, poll, attempt, a.begun_at, ARGV[9])
   step(alias, login, 'waiting', now + countdown_ms)
 else
   count('stale postpone')

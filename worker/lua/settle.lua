@@ -17,7 +17,7 @@ local next_slot, revision = tonumber(ARGV[12]), ARGV[13]
 local key, pins = 'account:' .. alias, 'pins:' .. alias .. ':' .. generation
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'generation', 'revision', 'slot', 'latest_poll',
-  'latest_attempt', 'latest_fingerprint')
+  'latest_attempt', 'latest_fingerprint', 'begun_at')
 local current = a.generation == generation and is_begun(a, login, poll, attempt)
 
 local function is_foreign()
@@ -71,7 +71,10 @@ end
 
 if is_foreign() then return { 'foreign' } end
 local result, changed = publish_once()
-if current then schedule_next() end
+if current then
+  remember_end(alias, poll, attempt, a.begun_at, 'ok')
+  schedule_next()
+end
 if not is_dispatched(a, login, poll, attempt) then free(login, held) end
 place(login)
 return { result, tostring(changed) }

@@ -13,6 +13,7 @@
 --   aliases:<login>      set: the login's accounts          logins   set: every login ever defined
 --   revisions            hash: alias → revision of every account defined now
 --   parked               set: aliases parked until a notification
+--   history:<alias>      list, newest first: "ended (ms) poll attempt duration (ms) outcome" of the last attempts
 --   pins:<alias>:<generation>   set: the AccountIds first seen
 --   latest               hash: alias → the newest balance, as on the stream
 --   operation:<id>       string: alias, so that an operation is published once
@@ -160,6 +161,15 @@ local function step(alias, login, state, due)
   if redis.call('HEXISTS', 'account:' .. alias, 'paused') == 0 then
     redis.call('ZADD', 'due:' .. login, whole(due), alias)
   end
+end
+
+-- How many of its last attempts an account remembers, for whoever asks why it is where it is.
+local HISTORY = 5
+
+local function remember_end(alias, poll, attempt, begun_at, outcome)
+  local entry = { whole(now), poll, attempt, whole(now - (tonumber(begun_at) or now)), outcome }
+  redis.call('LPUSH', 'history:' .. alias, table.concat(entry, ' '))
+  redis.call('LTRIM', 'history:' .. alias, 0, HISTORY - 1)
 end
 
 -- Voids a token that was dispatched and has not begun. Its place stays held: only its token, or `until`, frees that.

@@ -129,6 +129,7 @@ end
 
 --------------------------------------------------------------------------------------------------
 
+if begun then remember_end(alias, poll, attempt, a.begun_at, code) end
 local result = mode == 'blocked' and block() or suspend_account()
 if result[1] == 'blocked' or not dispatched then free(login, held) end
 place(login)

@@ -1,0 +1,32 @@
+# Set up, run and test on one machine. Needs make and Python 3.11 or newer with venv; README says what each target does.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# Written last, removed first: without it the environment counts as half made and is made anew.
+STAMP := $(VENV)/.complete
+
+.PHONY: setup run lint test
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); ok or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d: say make PYTHON=python3.11" % sys.version_info[:2])'
+	@if [ ! -e $(STAMP) ]; then echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@rm -f $(STAMP)
+	$(PIP) install --quiet --require-hashes --only-binary :all: -r requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+run: setup
+	$(BIN)/balances up $(if $(FOR),--for $(FOR))
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest

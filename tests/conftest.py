@@ -1,0 +1,34 @@
+"""Fixtures that any test may use: a real server, and a client on an empty database."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import redis
+from servers import ValkeyServer
+
+from worker.errors import StoreUnavailable
+from worker.store import server_binary
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    """One server for all tests that do not harm it. Without a binary: skipped on a laptop, failed in CI."""
+    try:
+        server_binary()
+    except StoreUnavailable as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    with ValkeyServer(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+def store(valkey_server: ValkeyServer) -> Iterator[redis.Redis]:
+    """A client on an emptied server; loaded scripts stay."""
+    with valkey_server.client() as client:
+        client.flushall()
+        yield client

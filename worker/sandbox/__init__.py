@@ -1,0 +1,14 @@
+"""Imitate Khipu's balances call over HTTP, with every way to fail, as a process of its own.
+
+    http ◀── endpoint ──▶ bank ──▶ behaviour      what is asked, and what is answered
+     ▲          └───────▶ answers, journal
+     └────── control                              what tests set and see
+
+It shares no code with the client that it tests. `behaviour` explains the notation, `control` the control API,
+`scenarios` the accounts of `config/sandbox.toml`. It does not send callbacks yet, nor issue tokens.
+"""
+
+from worker.sandbox.scenarios import EXAMPLE_NUMBER, sandbox_secrets
+from worker.sandbox.server import PortUnavailable, serve
+
+__all__ = ["EXAMPLE_NUMBER", "PortUnavailable", "sandbox_secrets", "serve"]

@@ -1,0 +1,213 @@
+"""Let tests and operators set how the sandbox behaves, and see what it was asked.
+
+| call under `/_sandbox` | does |
+|---|---|
+| `PUT /accounts/{number}` | a plan: `{"script": ["ok@2s", "hang"], "latency": "1s"}`, or `{"random": …}` |
+| `PUT /accounts` | many: `{"number": plan, …}` |
+| `POST /accounts/{number}/answer` | answers its hanging requests with `{"step": "ok"}`; tells how many |
+| `PUT /defaults` | the plan of all accounts that have none |
+| `PUT /log-ons/{user}` | `{"credential": …}`: what is right; wrong ones get E101, three in a row lock the user (E102) |
+| `POST /log-ons/{user}/unlock` | the bank lifts the lock |
+| `DELETE /log-ons/{user}` | no longer checked |
+| `PUT /keys` | `{"accepted": ["key", …]}`: all others get 401; `null`: any is good |
+| `DELETE /accounts` | plans, balances, log-ons and keys are as at the start; hanging requests stay |
+| `GET /requests?since=N` | records after number N, oldest first; see below |
+| `DELETE /requests` | forgets records and counts |
+| `GET /stats` | counts, in all, per account, per log-on |
+| `GET /log-ons` | per user: wrong, wrong_in_a_row, locked |
+
+`GET /requests` also takes `limit` (10,000), `number` (one account), `ended=1` (only what is over) and, instead of
+sleeping in tests, `count` and `wait`: it answers as soon as there are `count` such records, or after `wait` seconds.
+`GET /healthz` answers `{"status": "ok"}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import islice
+
+from worker.sandbox.bank import Bank, LogOn, fingerprint
+from worker.sandbox.behaviour import NotationError, parse_plan, parse_step
+from worker.sandbox.endpoint import Endpoint
+from worker.sandbox.http import Exchange, Request, Response, json_response
+from worker.sandbox.journal import IN_FLIGHT, Journal, Record
+
+PREFIX = "/_sandbox"
+LIMIT = 10_000
+LONGEST_WAIT_S = 300.0
+#: Between two looks at the journal while somebody waits, so that a flood of requests is not scanned for each one.
+LOOK_AGAIN_S = 0.005
+
+Handler = Callable[[Request, str], Response]
+
+
+class Control:
+    """The control API over one bank, its endpoint and their journal."""
+
+    def __init__(self, bank: Bank, endpoint: Endpoint, journal: Journal) -> None:
+        self._bank = bank
+        self._endpoint = endpoint
+        self._journal = journal
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._routes: dict[tuple[str, str], Handler] = {
+            ("PUT", "/accounts/X"): self._put_account,
+            ("PUT", "/accounts"): self._put_accounts,
+            ("DELETE", "/accounts"): self._reset,
+            ("POST", "/accounts/X/answer"): self._answer_hanging,
+            ("PUT", "/defaults"): self._put_defaults,
+            ("GET", "/log-ons"): self._get_log_ons,
+            ("PUT", "/log-ons/X"): self._put_log_on,
+            ("DELETE", "/log-ons/X"): self._delete_log_on,
+            ("POST", "/log-ons/X/unlock"): self._unlock,
+            ("PUT", "/keys"): self._put_keys,
+            ("DELETE", "/requests"): self._forget,
+            ("GET", "/stats"): self._stats,
+        }
+
+    def handle(self, exchange: Exchange) -> None:
+        """Answer one call of the control API."""
+        request = exchange.request
+        if (request.method, request.path) == ("GET", f"{PREFIX}/requests"):
+            task = asyncio.get_running_loop().create_task(self._requests(exchange))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            exchange.gone = partial(_cancel, task)
+        else:
+            exchange.answer(self._call(request))
+
+    def _call(self, request: Request) -> Response:
+        path = request.path.removeprefix(PREFIX)
+        if found := re.fullmatch(r"(/accounts|/log-ons)/([^/]+)(/\w+)?", path):
+            path, name = f"{found[1]}/X{found[3] or ''}", found[2]
+        else:
+            name = ""
+        handler = self._routes.get((request.method, path))
+        if handler is None:
+            return json_response({"error": f"no {request.method} {request.path} here"}, 404)
+        try:
+            return handler(request, name)
+        except ValueError as error:
+            return json_response({"error": str(error)}, 400)
+
+    def _put_account(self, request: Request, number: str) -> Response:
+        self._bank.define(number, parse_plan(_json(request)))
+        return json_response({})
+
+    def _put_accounts(self, request: Request, _: str) -> Response:
+        plans = {number: parse_plan(plan) for number, plan in _object(request).items()}
+        for number, plan in plans.items():
+            self._bank.define(number, plan)
+        return json_response({"accounts": len(plans)})
+
+    def _put_defaults(self, request: Request, _: str) -> Response:
+        self._bank.define_default(parse_plan(_json(request)))
+        return json_response({})
+
+    def _answer_hanging(self, request: Request, number: str) -> Response:
+        step = parse_step(_object(request).get("step", "ok"))
+        return json_response({"answered": self._endpoint.release(number, step)})
+
+    def _put_log_on(self, request: Request, user: str) -> Response:
+        body = _object(request)
+        if set(body) != {"credential"}:
+            raise NotationError('a log-on is {"credential": what is right}')
+        self._bank.log_ons[user] = LogOn(body["credential"])
+        return json_response({})
+
+    def _delete_log_on(self, _: Request, user: str) -> Response:
+        return json_response({"deleted": self._bank.log_ons.pop(user, None) is not None})
+
+    def _unlock(self, _: Request, user: str) -> Response:
+        if user not in self._bank.log_ons:
+            return json_response({"error": "no such log-on is checked"}, 404)
+        log_on = self._bank.log_ons[user]
+        log_on.locked, log_on.wrong_in_a_row = False, 0
+        return json_response({})
+
+    def _get_log_ons(self, _: Request, __: str) -> Response:
+        return json_response(
+            {
+                user: {"wrong": log_on.wrong, "wrong_in_a_row": log_on.wrong_in_a_row, "locked": log_on.locked}
+                for user, log_on in self._bank.log_ons.items()
+            }
+        )
+
+    def _put_keys(self, request: Request, _: str) -> Response:
+        keys = _object(request).get("accepted")
+        if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+            raise NotationError("accepted is a list of strings, or null")
+        self._bank.keys = None if keys is None else frozenset(map(fingerprint, keys))
+        return json_response({})
+
+    def _reset(self, _: Request, __: str) -> Response:
+        self._bank.reset()
+        return json_response({})
+
+    def _forget(self, _: Request, __: str) -> Response:
+        self._journal.clear()
+        return json_response({})
+
+    def _stats(self, _: Request, __: str) -> Response:
+        journal = self._journal
+        total = journal.total.as_json()
+        total["overlaps"] = sum(count.overlaps for count in journal.log_ons.values())
+        total["accounts"] = {number: count.as_json() for number, count in journal.accounts.items()}
+        total["log_ons"] = {name: count.as_json() for name, count in journal.log_ons.items()}
+        return json_response(total)
+
+    async def _requests(self, exchange: Exchange) -> None:
+        """Wait until there is enough to tell, or no more time, and tell it."""
+        query = exchange.request.query
+        try:
+            count, wait_s = int(query.get("count", "0")), min(float(query.get("wait", "0")), LONGEST_WAIT_S)
+            records = self._find(query)
+        except ValueError as error:
+            exchange.answer(json_response({"error": str(error)}, 400))
+            return
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while len(records) < count and await self._changed_by(deadline):
+            records = self._find(query)
+        shown = [record.as_json() for record in records]
+        exchange.answer(json_response({"requests": shown, "last": self._journal.last}))
+
+    async def _changed_by(self, deadline: float) -> bool:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._journal.change()
+        except TimeoutError:
+            return False
+        await asyncio.sleep(LOOK_AGAIN_S)
+        return True
+
+    def _find(self, query: Mapping[str, str]) -> list[Record]:
+        number, ended = query.get("number"), query.get("ended") == "1"
+        found = (
+            record
+            for record in self._journal.records(int(query.get("since", "0")))
+            if (number is None or record.number == number) and not (ended and record.state == IN_FLIGHT)
+        )
+        return list(islice(found, int(query.get("limit", LIMIT))))
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+
+
+def _json(request: Request) -> object:
+    """The body, with fractional numbers as the text they were written in: amounts are sent exactly so."""
+    try:
+        body: object = json.loads(request.body or b"{}", parse_float=str)
+    except ValueError as error:
+        raise NotationError(f"the body is not JSON: {error}") from None
+    return body
+
+
+def _object(request: Request) -> dict[str, object]:
+    body = _json(request)
+    if not isinstance(body, dict):
+        raise NotationError("the body is no JSON object")
+    return body
