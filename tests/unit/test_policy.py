@@ -68,7 +68,7 @@ def climb(outcome: Outcome, rules: Rules = RULES, counters: Counters | None = No
     counters = counters or Counters()
     while isinstance(decision := after(outcome, counters, rules=rules), Retry):
         countdowns.append(decision.countdown)
-        counters = replace(decision.counters, attempt=counters.attempt + 1)
+        counters = replace(decision.counters, attempt=counters.attempt + 1, last=outcome.code)  # as the timetable does
         assert len(countdowns) < 10_000
     return countdowns, decision
 
@@ -158,6 +158,12 @@ def test_the_whole_ladder_of_an_outcome_that_repeats(
     outcome: Outcome, countdowns: list[timedelta], end: Decision
 ) -> None:
     assert climb(outcome) == (countdowns, end)
+
+
+@pytest.mark.parametrize("kind", [Kind.UNREADABLE, Kind.BAD_REQUEST, Kind.NOT_FOUND])
+def test_what_comes_first_after_a_wait_for_something_else_is_no_repetition(kind: Kind) -> None:
+    waited = Counters(waits=1, last="HTTP_503")
+    assert after(of(kind), waited) == Retry(WAIT, Counters(waits=2, last="HTTP_503"))
 
 
 @pytest.mark.parametrize("max_waits", [1, 2, 6])
