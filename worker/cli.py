@@ -275,9 +275,12 @@ def sandbox(latency: str, is_json: bool) -> None:
 @contextmanager
 def until_interrupted() -> Iterator[None]:
     """Ends the block quietly at Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        yield
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ----------------------------------------------------------------------------------------------------------- looking
@@ -286,7 +289,9 @@ def until_interrupted() -> Iterator[None]:
 @main.command()
 @as_json
 def check(is_json: bool) -> None:
-    """Look at configuration, secrets and server; exit 1 if something is wanting.
+    """Look at configuration, secrets and server.
+
+    Exit status 1 if something is wanting.
 
     \b
     Example:
@@ -315,7 +320,7 @@ def environment(settings: Settings) -> dict[str, str]:
 @as_json
 @with_timetable
 def accounts(timetable: Timetable, alias: str | None, is_json: bool) -> None:
-    """List accounts, trouble first; with ALIAS, tell one account's story.
+    """List accounts, trouble first, or tell one's story.
 
     \b
     Examples:
@@ -474,9 +479,9 @@ def resume(timetable: Timetable, aliases: tuple[str, ...], is_all: bool, is_json
 @as_json
 @with_timetable
 def release(timetable: Timetable, aliases: tuple[str, ...], institution: str, login: str, is_json: bool) -> None:
-    """Bring parked accounts back: the first at once, then one a second.
+    """Bring parked accounts back, the first at once.
 
-    Filters add up; without any, every parked account comes back.
+    The others follow one a second. Filters add up; without any, every parked account comes back.
 
     \b
     Example:
@@ -508,7 +513,9 @@ def unblock(timetable: Timetable, login: str, is_json: bool) -> None:
 @as_json
 @with_timetable
 def sync(timetable: Timetable, force: bool, is_json: bool) -> None:
-    """Put the accounts file into force, even where it was replaced since.
+    """Put the accounts file into force.
+
+    Even where another one, or `balances sync` elsewhere, has replaced it since.
 
     \b
     Example:
@@ -526,7 +533,7 @@ def sync(timetable: Timetable, force: bool, is_json: bool) -> None:
 
 @main.group()
 def dead() -> None:
-    """Look at dead letters, bring accounts back, or throw them away.
+    """Look at dead letters, redrive or discard them.
 
     \b
     Example:
@@ -653,11 +660,18 @@ def tell_some(results: Results, count: int, is_json: bool) -> NoReturn:
     try:
         # A bar and lines would write over each other: on a terminal the lines come when the bar is gone.
         tell(list(remembered()) if sys.stderr.isatty() else remembered(), "redriven: due now", is_json)
-    finally:
-        if len(told) < count:
-            done = sum(reason is None for _, reason in told)
-            click.echo(f"balances: interrupted: {done} of {count} redriven, the others are as they were", err=True)
-            sys.exit(1)
+    except SystemExit:
+        if len(told) == count:
+            raise
+        click.echo(f"balances: interrupted: {how_far(told, count)}", err=True)
+        sys.exit(1)
+    except StoreUnavailable as error:
+        raise StoreUnavailable(f"{error}: {how_far(told, count)}") from error.__cause__
+
+
+def how_far(told: Sequence[tuple[str, str | None]], count: int) -> str:
+    done = sum(reason is None for _, reason in told)
+    return f"{done} of {count} redriven, the others are as they were"
 
 
 class Between:

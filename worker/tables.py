@@ -77,11 +77,13 @@ def zone(now: datetime) -> str:
 
 
 def distance(when: str | None, now: datetime) -> str:
-    """How far an ISO 8601 moment is from now: "in 3 h 52 min", "12 s ago", "-" for none."""
+    """How far an ISO 8601 moment is from now: "in 3 h 52 min", "now", "12 s ago", "-" for none."""
     if when is None:
         return "-"
     seconds = round((datetime.fromisoformat(when) - now).total_seconds())
-    return f"in {duration(seconds)}" if seconds >= 0 else f"{duration(-seconds, most=1)} ago"
+    if seconds == 0:
+        return "now"
+    return f"in {duration(seconds)}" if seconds > 0 else f"{duration(-seconds, most=1)} ago"
 
 
 def duration(seconds: int, most: int = 2) -> str:
@@ -340,7 +342,7 @@ def _step_told(story: Story, now: datetime) -> Iterator[str]:
             yield f"Its poll is under way (attempt {story.row.attempt})."
     if story.row.overdue:
         yield "It is overdue by more than its own interval: is a worker running? See: balances check"
-    if story.holder and story.holder != story.row.alias and story.underneath in {"scheduled", "waiting"}:
+    if story.holder and story.due and datetime.fromisoformat(story.due) <= now:
         yield f"Its login is busy with {story.holder}; one account of a login is polled at a time."
 
 

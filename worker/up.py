@@ -173,6 +173,8 @@ def readable(line: str) -> str:
         event = str(entry.pop("event"))
     except (ValueError, AttributeError, KeyError, TypeError):
         return _PREFIX.sub("", line).rstrip()
+    if event == "warning":
+        return f"{entry.get('category')}: {entry.get('text')}"
     alias = str(entry.pop("task", "")).partition(".")[0]
     if not alias:
         return "" if _is_routine(event, entry) else f"{event}{_pairs(entry)}"

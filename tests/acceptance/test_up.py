@@ -491,6 +491,7 @@ LINES = [
     (logged("accounts applied", accounts=14, changed=0), "accounts applied  accounts=14 changed=0"),
     (logged("unblocked with a new credential", login="acme"), "unblocked with a new credential  login=acme"),
     (logged("claimed", dispatched=2, resent=0), ""),
+    (logged("warning", category="SecurityWarning", text="root", at=["a.py:1"]), "SecurityWarning: root"),
     (logged("claimed", dispatched=2, resent=1), "claimed  dispatched=2 resent=1"),
     ("[I 261122 10:32:34 command:177] Visit me at http://127.0.0.1:5555", "Visit me at http://127.0.0.1:5555"),
     ("  ", ""),

@@ -31,12 +31,12 @@ from hypothesis.stateful import (
 )
 from model import DEAD, DEADLINE_MS, MARGIN_MS, Model
 from planted_faults import Patch, patched
-from world import STREAM, Entry, Everything, World, read_entries
+from world import STREAM, Entry, Everything, World, answer, read_entries
 
 from worker.accounts import Accounts
 from worker.errors import Kind, Outcome
 from worker.policy import Counters, Credential, DeadLetterQueue
-from worker.timetable import Begun, CredentialRefused, Event, Postponed, Timetable, Token
+from worker.timetable import Begun, CredentialRefused, Postponed, Timetable, Token
 
 IS_LONG = bool(os.environ.get("BALANCES_TEST_LONG"))
 #: Where the machine's clock begins.
@@ -197,8 +197,8 @@ class TimetableMachine(RuleBasedStateMachine):
     def both(self, event: str, times: int, server: Callable[[], Any], model: Callable[[], Any]) -> None:
         self.event = event
         for _ in range(times):
-            answer, expected = server(), model()
-            assert answer == expected, f"{event} answers {answer}, the model {expected}"
+            answered, expected = server(), model()
+            assert answered == expected, f"{event} answers {answered}, the model {expected}"
 
     # -------------------------------------------------------------------------------------------- surroundings
 
@@ -346,7 +346,7 @@ class TimetableMachine(RuleBasedStateMachine):
         operation = f"operation-{self.operations}"
         # A worker counts from begin by its monotonic clock, so an answer is never older than its poll.
         fetched_at_ms = max(self.now_ms, begun.now_ms)
-        event = Event(operation, "/source", {"account": begun.token.account}, amount, ids, fetched_at_ms)
+        event = answer(begun, amount, operation, ids, fetched_at_ms)
 
         def server() -> str:
             settled = self.timetable.settle(begun, event)
@@ -638,7 +638,7 @@ def run(store: redis.Redis, chosen: settings, *patches: Patch) -> None:
 
 
 def test_the_scripts_do_what_the_model_does_and_keep_every_promise(store: redis.Redis) -> None:
-    run(store, profile(100, 40))
+    run(store, profile(120, 40))
 
 
 @pytest.mark.skipif(not IS_LONG, reason="long; set BALANCES_TEST_LONG=1")

@@ -1403,6 +1403,18 @@ def test_the_limits_are_there_before_the_first_account(world: World, monkeypatch
     world.check()
 
 
+def test_other_limits_come_into_force_when_the_whole_file_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "APPLY_BATCH", 1)
+    world.apply(read("a", "b"))
+    accounts = read_entries(Entry("a"), Entry("b"), head="[retry]\nmax_waits = 9\n")
+    *batches, finish = world.timetable._changes(accounts)
+    for event, batch in batches:
+        world.timetable._run("apply", "1", event, *batch)
+    assert world.timetable.retry().max_waits == 6
+    world.timetable._run("apply", "1", finish[0], *finish[1])
+    assert world.timetable.retry().max_waits == 9
+
+
 def test_an_apply_that_was_overtaken_compares_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "APPLY_BATCH", 1)
     two(world)

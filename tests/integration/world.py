@@ -17,7 +17,18 @@ from worker.celery import letter_template, poll_template
 from worker.errors import Kind, Outcome
 from worker.policy import Counters, Credential, DeadLetterQueue
 from worker.stream import observed
-from worker.timetable import Begun, Claim, CredentialRefused, Event, OtherScheme, Postponed, Settled, Timetable, Token
+from worker.timetable import (
+    Begun,
+    Claim,
+    CredentialRefused,
+    Event,
+    OtherScheme,
+    Postponed,
+    Settled,
+    Timetable,
+    Token,
+    source_of,
+)
 
 STREAM = "balances"
 #: Every account's interval; the accounts of a world are due within this time.
@@ -92,6 +103,16 @@ OUTCOMES = {
     "park": Outcome(Kind.ANSWERED, "E301", "RETRY_AFTER_NOTIFICATION", "later"),
     "block": Outcome(Kind.ANSWERED, "E101", "DO_NOT_RETRY", "bad credentials"),
 }
+
+
+def answer(begun: Begun, amount: str, operation: str | None, ids: tuple[str, ...], fetched_at_ms: int) -> Event:
+    """A balance as a worker would have it published."""
+    as_of = datetime(2017, 7, 21, 17, 32, 28, tzinfo=timezone(timedelta(hours=-4)))
+    balances = tuple(Balance(each, "ClosingAvailable", "Credit", Decimal(amount), "CLP", as_of) for each in ids)
+    said = Answer(operation or str(uuid4()), balances)
+    poll = max(begun.token.poll, 0)  # the one before the first is none that could be published
+    data = {**observed(begun.definition, poll, said, fetched_at_ms), "account": begun.token.account}
+    return Event(said.operation_id, source_of(begun.definition), data, f"fp {amount}", ids, fetched_at_ms)
 
 
 @dataclass
@@ -172,14 +193,7 @@ class World:
     def settle(
         self, begun: Begun, *, amount: str = "10000", operation: str | None = None, ids: tuple[str, ...] = ("873458",)
     ) -> Settled | None:
-        now_ms = self.timetable.now_ms()
-        as_of = datetime(2017, 7, 21, 17, 32, 28, tzinfo=timezone(timedelta(hours=-4)))
-        balances = tuple(Balance(each, "ClosingAvailable", "Credit", Decimal(amount), "CLP", as_of) for each in ids)
-        answer = Answer(operation or str(uuid4()), balances)
-        poll = max(begun.token.poll, 0)  # the one before the first is none that could be published
-        data = {**observed(begun.definition, poll, answer, now_ms), "account": begun.token.account}
-        source = "/khipu/cl/business/bancosecurity.cl"
-        return self.timetable.settle(begun, Event(answer.operation_id, source, data, f"fp {amount}", ids, now_ms))
+        return self.timetable.settle(begun, answer(begun, amount, operation, ids, self.timetable.now_ms()))
 
     def postpone(self, token: Token, seconds: float = 20) -> Postponed | None:
         return self.timetable.postpone(token, int(seconds * 1000), Counters(1, 0, 0, token.attempt), "E201")

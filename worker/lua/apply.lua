@@ -1,16 +1,15 @@
 -- Adds, changes and retires definitions: called by beat and by `balances sync`, in batches.
 --
--- ARGV  1 serial that the caller compared with  2 "limits" | "set" | "retire" | "finish", in this order
---   limits: 3 retry  4 limits  5 request_deadline_ms  6 lease_margin_ms  7 retention_ms
+-- ARGV  1 serial that the caller compared with  2 "prepare" | "set" | "retire" | "finish", in this order
+--   prepare, finish: 3 retry  4 limits  5 request_deadline_ms  6 lease_margin_ms  7 retention_ms  8 content digest
 --   set:    3 … ten per account: alias, definition, revision, identity, schedule, slot (ms), login, institution, source,
 --           scheme
 --   retire: 3 … aliases
---   finish: 3 content digest
 -- Returns { "applied", how many changed } or { "overtaken", serial }: another apply came between; compare again
 --
 -- A changed identity is a new generation: own pins, own latest, own tokens (rule 7). Anything else leaves the account's
--- step alone, but for the due time of a scheduled account whose schedule changed. The limits come first: no account is
--- ever there without them, however an apply ends.
+-- step alone, but for the due time of a scheduled account whose schedule changed. Limits change at the end, but the very
+-- first come before the first account: none is ever there without them, however an apply ends.
 
 local serial, event = ARGV[1], ARGV[2]
 local changed = 0
@@ -76,21 +75,23 @@ local function retire(alias)
   changed = changed + 1
 end
 
-local function set_limits()
-  redis.call('HSET', 'config', 'retry', ARGV[3], 'limits', ARGV[4], 'request_deadline_ms', ARGV[5],
-    'lease_margin_ms', ARGV[6], 'retention_ms', ARGV[7])
+local LIMITS = { 'retry', 'limits', 'request_deadline_ms', 'lease_margin_ms', 'retention_ms' }
+
+local function prepare()
+  for i, name in ipairs(LIMITS) do redis.call('HSETNX', 'config', name, ARGV[i + 2]) end
 end
 
 local function finish()
-  redis.call('HSET', 'config', 'content', ARGV[3])
+  for i, name in ipairs(LIMITS) do redis.call('HSET', 'config', name, ARGV[i + 2]) end
+  redis.call('HSET', 'config', 'content', ARGV[8])
   redis.call('HINCRBY', 'config', 'serial', 1)
-  redis.call('ZADD', 'contents', whole(now), ARGV[3])
+  redis.call('ZADD', 'contents', whole(now), ARGV[8])
 end
 
 local at = redis.call('HGET', 'config', 'serial') or '0'
 if at ~= serial then return { 'overtaken', at } end
-if event == 'limits' then
-  set_limits()
+if event == 'prepare' then
+  prepare()
 elseif event == 'set' then
   for i = 3, #ARGV, 10 do
     set({ alias = ARGV[i], definition = ARGV[i + 1], revision = ARGV[i + 2], identity = ARGV[i + 3],
