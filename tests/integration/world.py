@@ -46,7 +46,8 @@ def accounts_file(*aliases: str, login: str = "acme", every: str = "15m", number
 
 
 def read(*aliases: str, **kwargs: str) -> Accounts:
-    return parse_accounts(accounts_file(*aliases, **kwargs), "accounts.toml", callback_configured=False)
+    is_callback = "callback" in kwargs.get("more", "")
+    return parse_accounts(accounts_file(*aliases, **kwargs), "accounts.toml", callback_configured=is_callback)
 
 
 OUTCOMES = {
@@ -200,9 +201,14 @@ class World:
         is_due = self.client.zscore(f"due:{login}", alias) is not None
         holder = (self.client.hget(f"login:{login}", "holder") or "").split()
         is_holding = holder == [alias, account["poll"], account["attempt"]]
-        assert is_due == (state in {"scheduled", "waiting"} and "paused" not in account), (alias, account)
-        if state in {"dispatched", "polling"}:
+        is_planned = state in {"scheduled", "waiting"} or (
+            state == "awaiting" and not is_holding and "answered" not in account
+        )
+        assert is_due == (is_planned and "paused" not in account), (alias, account)
+        if state in {"dispatched", "polling"} and "answered" not in account:
             assert is_holding, (alias, account, holder)
+        if state == "awaiting" and "answered" in account:
+            assert self.client.zscore("answers", f"{alias} {account['poll']} {account['attempt']}") is not None
         if is_due:
             assert account["due"] == f"{self.client.zscore(f'due:{login}', alias):.0f}"
         assert ("letter" in account) == (state in {"suspended", "parked"}), (alias, account)

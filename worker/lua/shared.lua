@@ -7,11 +7,15 @@
 --                        accepted) · blocked (bank|key), fingerprint, blocked_at, code, type, manual, letter ·
 --                        failed_bank, failed_key (fingerprints to forgive) · probing, probe
 --   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot ·
---                        state, due, paused · poll, attempt, caller, begun_at, first_at · tries, waits, losses ·
+--                        state, due, paused, answered · poll, attempt, caller, callback, begun_at, first_at · tries, waits, losses ·
 --                        last_ok, last_outcome, last_at · queue, letter, code, type, description, suspended_at ·
 --                        latest_poll, latest_attempt, latest_fingerprint
 --   aliases:<login>      set: the login's accounts          logins   set: every login ever defined
 --   revisions            hash: alias → revision of every account defined now
+--   callback:<digest>    hash: login, alias, poll, attempt, generation, definition, bank, key · bodies, seen,
+--                        body:<hash>: what a callback's token stands for, until two days after its deadline
+--   answers              sorted set: token of an answer that is not settled → when its settling is pushed again (ms)
+--   answer:<token>       hash: as callback:<digest>, with content_type, received_at, body:<hash>
 --   parked               set: aliases parked until a notification
 --   history:<alias>      list, newest first: "ended (ms) poll attempt duration (ms) outcome" of the last attempts
 --   pins:<alias>:<generation>   set: the AccountIds first seen
@@ -25,7 +29,7 @@
 --   counts               hash: things that happened, counted
 --   clock:offset         string: ms that tests move the one clock by
 
-local QUEUE = 'balances.polls'
+local QUEUE, ANSWERS = 'balances.polls', 'balances.answers'
 local DAY_MS = 86400000
 
 -- The one clock: ms since the epoch, of this server.
@@ -178,6 +182,13 @@ local function void(alias, login)
   if a.state == 'dispatched' then
     step(alias, login, a.attempt == '1' and 'scheduled' or 'waiting', tonumber(a.due))
   end
+end
+
+-- Sends word that an answer waits to be settled; many words do no harm, `answers` is the truth.
+local function push_settling(template, login, alias, poll, attempt)
+  redis.call('LPUSH', ANSWERS, fill(template, {
+    login = login, account = alias, poll = poll, attempt = attempt, retries = '0',
+  }))
 end
 
 ----------------------------------------------------------------------------------------------- dead letters and events
