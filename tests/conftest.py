@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from schemas import validate_stream
 from servers import ValkeyServer
 
 from worker.errors import StoreUnavailable
@@ -28,7 +29,8 @@ def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeySe
 
 @pytest.fixture
 def store(valkey_server: ValkeyServer) -> Iterator[redis.Redis]:
-    """A client on an emptied server; loaded scripts stay."""
+    """A client on an emptied server; loaded scripts stay. What a test published there is held against its schema."""
     with valkey_server.client() as client:
         client.flushall()
         yield client
+        validate_stream(client)

@@ -4,6 +4,11 @@ with running_sandbox() as sandbox:
     sandbox.set_script("10000001", ["error:E201:RETRY_IMMEDIATELY", "ok:12345678901234567.89"])
     ...
     [first, second] = sandbox.wait_for(2, number="10000001")
+
+    sandbox.set_script("10000002", ["ok | never", "ok@1s | twice at once"])  # with CallbackUrl
+    ...
+    sandbox.send_callbacks("10000002")
+    [callback] = sandbox.wait_for_callbacks(1)
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import requests
 
@@ -41,6 +46,11 @@ def account_id_of(number: str) -> str:
 def log_on_of(institution: str, user: str) -> str:
     """The name of a session at the bank in records and `stats()["log_ons"]`."""
     return fingerprint([institution, user])
+
+
+def token_digest(url: str) -> str:
+    """How the sandbox's callback records show the secret of a callback URL, which is the last part of its path."""
+    return fingerprint(urlsplit(url).path.rpartition("/")[2])
 
 
 class SandboxClient:
@@ -117,8 +127,36 @@ class SandboxClient:
         assert len(found) >= count, f"{len(found)} of {count} requests after {wait} s"
         return found
 
+    def set_callback_rules(
+        self, *, pauses: Sequence[str] | None = None, timeout: str | None = None, hold_log_on: bool | None = None
+    ) -> None:
+        """Pauses between the tries of a callback (`[]`: one try), the time for one try, and whether a log-on counts as
+        in use until its callback is sent. None: as at the start (5 tries, 10 s, yes)."""
+        rules = {"pauses": pauses, "timeout": timeout, "hold_log_on": hold_log_on}
+        self._call("PUT", "/callbacks", {name: value for name, value in rules.items() if value is not None})
+
+    def send_callbacks(self, number: str, step: Step | None = None) -> int:
+        """Send the account's waiting callbacks now, `never` too, or `step` instead; how many there were."""
+        return int(self._call("POST", f"/accounts/{number}/callbacks", {} if step is None else {"step": step})["sent"])
+
+    def callbacks(self, since: int = 0, **filters: str | int | float) -> list[JsonObject]:
+        """Records of callbacks after number `since`; filters: `number`, `ended=1`, `limit`, `count` with `wait`."""
+        found: list[JsonObject] = self._call("GET", "/callbacks", params={"since": since, **filters})["callbacks"]
+        return found
+
+    def wait_for_callbacks(
+        self, count: int, *, since: int = 0, number: str | None = None, ended: bool = True, wait: float = PATIENCE_S
+    ) -> list[JsonObject]:
+        """The callbacks' records, as soon as there are `count` (dealt with, unless `ended=False`). AssertionError."""
+        filters: dict[str, str | int | float] = {"count": count, "wait": wait, "ended": int(ended), "limit": 100_000}
+        if number is not None:
+            filters["number"] = number
+        found = self.callbacks(since, **filters)
+        assert len(found) >= count, f"{len(found)} of {count} callbacks after {wait} s"
+        return found
+
     def stats(self) -> JsonObject:
-        """Counts: in all, per account number, per log-on."""
+        """Counts: in all, per account number, per log-on, and of callbacks by state (`waiting`: not sent yet)."""
         return self._call("GET", "/stats")
 
     def forget(self) -> None:
@@ -126,7 +164,7 @@ class SandboxClient:
         self._call("DELETE", "/requests")
 
     def reset(self) -> None:
-        """Everything is as at the start: plans, balances, log-ons, keys, records, counts."""
+        """Everything is as at the start: plans, balances, log-ons, keys, callbacks, records, counts."""
         self._call("DELETE", "/accounts")
         self.forget()
 

@@ -8,15 +8,22 @@ Entries of Celery's own `beat_schedule` run as they always do.
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import random
+import signal
+import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from celery.beat import Scheduler
 
-from worker.accounts import Accounts, load_accounts
+from worker import logs
+from worker.accounts import load_accounts
 from worker.celery import Wiring, exiting_on_mistakes, wiring
 from worker.errors import ConfigurationError, Kind, Outcome, Refused, StoreUnavailable
 from worker.policy import Publish, decide
@@ -28,6 +35,14 @@ log = structlog.get_logger()
 MAX_SLEEP_S = 1.0
 #: The sleep while work is due and the queue has no room: short, because a worker's thread may be free any moment.
 FULL_SLEEP_S = 0.05
+
+#: So long an accounts file must not have changed to be read, and to be believed that accounts are missing from it.
+QUIET_S = 1.0
+REMOVAL_QUIET_S = 5.0
+#: After so long it is said that a change waits.
+PATIENCE_S = 15.0
+#: Problems of an accounts file that one line of the log names.
+MOST_PROBLEMS = 20
 
 #: What a lapse means, by the state it was found in.
 LAPSES = {
@@ -69,7 +84,8 @@ class TimetableScheduler(Scheduler):
         for lapse in claim.lapsed:
             self.conclude(lapse)
         if claim.dispatched or claim.resent:
-            log.info("claimed", dispatched=claim.dispatched, resent=claim.resent)
+            level = logging.INFO if claim.resent else logging.DEBUG  # what is resent was lost, which is rare
+            log.log(level, "claimed", dispatched=claim.dispatched, resent=claim.resent)
         if claim.lapsed or claim.dispatched + claim.resent >= CLAIM_BATCH:
             return 0.0
         if claim.wait_ms is None:
@@ -87,14 +103,16 @@ class TimetableScheduler(Scheduler):
             "lapsed",
             task=lapse.token.task_id,
             login=lapse.token.login,
+            account=lapse.token.account,
+            attempt=lapse.token.attempt,
             code=outcome.code,
-            decision=type(decision).__name__,
+            **logs.decided(decision),
             applied=applied if isinstance(applied, str) else type(applied).__name__,
         )
 
     def _say_away(self, reason: str) -> None:
         if not self._is_away:
-            log.error("the server is away; nothing is lost meanwhile", reason=reason)
+            log.error("the server is away", reason=reason)
         self._is_away = True
 
     @property
@@ -105,44 +123,75 @@ class TimetableScheduler(Scheduler):
 class DefinitionsFile:
     """The accounts file under a running beat: applied when its content changes, the last good one kept.
 
-    At start it is applied only if Redis has never seen that content, so that an old beat cannot revert a deploy.
+    changed ─▶ quiet for a while, nobody writing ─▶ read ─▶ other content than last time? ─▶ applied, or why not
+
+    At start it is applied only if Redis has never seen that content, so that an old beat cannot revert a deploy. A file
+    that lacks accounts must be quiet for longer: it may be half written.
     """
 
     def __init__(self, wiring: Wiring) -> None:
         self._timetable = wiring.timetable
         self._path: Path = wiring.settings.accounts_path
         self._is_callback = wiring.settings.callback_url is not None
-        self._seen = self._stamp()
-        self._pending: Accounts | None = load_accounts(self._path, callback_configured=self._is_callback)
+        self._stamp = self._look()
+        self._changed_s = time.monotonic()
+        self._told: tuple[int, ...] | None = None
+        self._accounts = load_accounts(self._path, callback_configured=self._is_callback)
+        self._step: Literal["read", "apply", "done"] = "apply"
         self._is_start = True
 
     def apply_when_changed(self) -> None:
         """Looks at the file, and applies what is new. Raises `StoreUnavailable`, and tries again next time."""
-        stamp = self._stamp()
-        if stamp != self._seen:
-            self._pending = self._load() or self._pending
-            self._seen = stamp
-        if self._pending is not None:
-            self._apply(self._pending)
-            self._pending, self._is_start = None, False
+        stamp = self._look()
+        if stamp != self._stamp:
+            self._stamp, self._changed_s, self._step = stamp, time.monotonic(), "read"
+        if self._step == "read" and self._is_quiet(QUIET_S):
+            self._step = "apply" if self._read() else "done"
+        if self._step == "apply" and self._is_believable():
+            self._apply()
+            self._step, self._is_start = "done", False
+        self._tell_delay()
 
-    def _stamp(self) -> tuple[int, int, int] | None:
+    def _look(self) -> tuple[int, ...] | None:
+        """Changes with every write: `ctime` also where size and `mtime` were kept, or set back."""
         try:
             status = self._path.stat()
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
-    def _load(self) -> Accounts | None:
+    def _is_quiet(self, for_s: float) -> bool:
+        return time.monotonic() - self._changed_s >= for_s and not _is_being_written(self._path)
+
+    def _tell_delay(self) -> None:
+        """Says once what a change waits for, where somebody keeps the file open."""
+        if self._step != "done" and self._told != self._stamp and time.monotonic() - self._changed_s >= PATIENCE_S:
+            self._told = self._stamp
+            log.warning("accounts file not applied yet: another process has it open for writing")
+
+    def _read(self) -> bool:
+        """Whether the file holds other accounts than it did. A touched file is no news: it must not revert a deploy."""
         try:
-            return load_accounts(self._path, callback_configured=self._is_callback)
+            accounts = load_accounts(self._path, callback_configured=self._is_callback)
         except ConfigurationError as error:
-            log.error("accounts file not applied", problems=[str(problem) for problem in error.problems])
-            return None
+            problems = [str(problem) for problem in error.problems]
+            log.error("accounts file not applied", problems=problems[:MOST_PROBLEMS], count=len(problems))
+            return False
+        is_other = accounts.digest != self._accounts.digest
+        self._accounts = accounts
+        return is_other
 
-    def _apply(self, accounts: Accounts) -> None:
-        current = self._timetable.current_content()
-        if accounts.digest == current:
+    def _is_believable(self) -> bool:
+        """Whether nothing is missing, or the file has been quiet for long enough to mean it."""
+        if _is_being_written(self._path):
+            return False
+        if time.monotonic() - self._changed_s >= REMOVAL_QUIET_S:
+            return True
+        return self._timetable.revisions().keys() <= self._accounts.definitions.keys()
+
+    def _apply(self) -> None:
+        accounts = self._accounts
+        if accounts.digest == self._timetable.current_content():
             return
         if self._is_start and self._timetable.knows_content(accounts.digest):
             log.warning("this accounts file was in force before and is not now; to go back to it: balances sync")
@@ -159,3 +208,23 @@ class DefinitionsFile:
             changed=changed,
             duration_s=round(time.monotonic() - started_s, 3),
         )
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether somebody has the file open for writing: then, and only then, the kernel gives no read lease on it.
+
+    Where it cannot tell (not Linux, a network's file system, another user's file, another thread's signals) the answer
+    is no.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # who opens it right now waits, and the kernel tells us
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except BlockingIOError:
+            return True
+        finally:
+            signal.signal(signal.SIGIO, before)
+    return False

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import structlog
+import celery.apps.worker as celery_worker
 from celery import Celery, signals
 from kombu import Connection, Exchange, Queue
 
+from worker import logs
 from worker.credentials import CredentialStore
 from worker.errors import ConfigurationError
 from worker.khipu import KhipuClient
@@ -172,40 +173,19 @@ def _with_placeholders(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- logging
 
 
-def configure_logging(level: int | str = logging.INFO) -> None:
-    """One line per event: for people on a terminal, JSON elsewhere; Celery's own lines in the same form."""
-    shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    renderer = (
-        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(sort_keys=False)
-    )
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
-    )
-    final: list[Any] = [
-        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-        structlog.processors.format_exc_info,
-        renderer,
-    ]
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()], processors=final
-    )
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    # Our own line per attempt says more than Celery's "received" and "succeeded".
-    for name in ("celery.worker.strategy", "celery.app.trace"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+@signals.celeryd_init.connect
+def _log_early(**_: object) -> None:
+    """Celery warns of a superuser before it sets logging up."""
+    logs.configure()
 
 
 @signals.setup_logging.connect
-def _setup_logging(loglevel: int | None = None, **_: object) -> None:
-    configure_logging(loglevel or logging.INFO)
+def _setup_logging(loglevel: int | None = None, logfile: str | None = None, **_: object) -> None:
+    logs.configure(loglevel or logging.INFO, logfile)
+    if not sys.stderr.isatty():
+        celery_worker.safe_say = _say  # type: ignore[attr-defined]  # celery-types lacks it
+
+
+def _say(text: str, file: object = None) -> None:  # noqa: ARG001 - Celery's signature
+    """What Celery writes past logging, from its signal handlers."""
+    os.write(2, logs.line(text).encode())

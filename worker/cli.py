@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import datetime
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
-from rich.console import Console
+import redis
+from click.shell_completion import CompletionItem
+from rich.console import Console, RenderableType
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from worker import ops, tables
 from worker.accounts import load_accounts
 from worker.credentials import CredentialStore
-from worker.errors import BalancesError, ConfigurationError
+from worker.errors import BalancesError, ConfigurationError, StoreUnavailable
+from worker.live import Screen
 from worker.policy import DeadLetterQueue
 from worker.processes import printer
 from worker.sandbox import PortUnavailable, serve
@@ -27,13 +37,42 @@ from worker.settings import Settings, load_settings
 from worker.store import EmbeddedStore
 from worker.stream import last_id, read
 from worker.timetable import Timetable, connect
-from worker.up import Machine, readable
+from worker.up import Machine, is_terminal, readable
 
 P = ParamSpec("P")
 R = TypeVar("R")
+#: What became of each account or login: None, or why not.
+Results = Iterable[tuple[str, str | None]]
 
-console = Console(highlight=False)
+#: A shell waits for a completion no longer than this, server or not.
+COMPLETION_S = 0.7
+SERVER_ADVICE = "is the server running, and is BALANCES_REDIS_URL right? See: balances check"
+#: Where the processes of `up` write while the live view has the terminal, in the data directory.
+LOG_FILE = "up.log"
+
+
+class Terminal(Console):
+    """A console that takes a reader who left (`| head`) for satisfied."""
+
+    def on_broken_pipe(self) -> None:
+        leave_quietly()
+
+
+console = Terminal(highlight=False, soft_wrap=False)
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON.")
+
+
+def leave_quietly(status: int = 0) -> NoReturn:
+    """Ends with nothing more to say, although nobody reads any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(status)
+
+
+def show(renderable: RenderableType) -> None:
+    """Prints it without the spaces that fill a table's lines up: they would wrap where it is pasted."""
+    with console.capture() as captured:
+        console.print(renderable, crop=False)
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def print_json(data: object) -> None:
@@ -50,14 +89,41 @@ class Group(click.Group):
             for problem in error.problems:
                 click.echo(f"balances: {problem}", err=True)
             ctx.exit(2)
+        except redis.RedisError as error:
+            self._fail(ctx, f"Redis: {type(error).__name__}; {SERVER_ADVICE}")
+        except StoreUnavailable as error:
+            is_remote = isinstance(error.__cause__, redis.RedisError)
+            self._fail(ctx, f"{error}; {SERVER_ADVICE}" if is_remote else str(error))
         except BalancesError as error:
-            click.echo(f"balances: {error}", err=True)
-            ctx.exit(1)
+            self._fail(ctx, str(error))
+        except BrokenPipeError:
+            leave_quietly()
+
+    @staticmethod
+    def _fail(ctx: click.Context, text: str) -> NoReturn:
+        click.echo(f"balances: {text}", err=True)
+        ctx.exit(1)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog="""Exit status: 0 done, 1 found wanting or refused, 2 wrong use or configuration.
+
+    \b
+    Completion of commands, accounts, logins and queues, for bash (or zsh, fish):
+      eval "$(_BALANCES_COMPLETE=bash_source balances)"
+    """,
+)
 def main() -> None:
-    """Polls bank balances over Khipu, unattended, and tells what it does."""
+    """Polls bank balances over Khipu, unattended, and tells what it does.
+
+    \b
+    Examples:
+      balances up            run everything on this machine
+      balances accounts      how the accounts stand, trouble first
+      balances dead list     what needs a person
+    """
 
 
 def with_timetable(command: Callable[..., R]) -> Callable[..., R]:
@@ -65,42 +131,117 @@ def with_timetable(command: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> R:
-        settings = load_settings()
-        return command(Timetable(connect(settings.store_url()), stream=settings.stream), *args, **kwargs)
+        return command(open_timetable(), *args, **kwargs)
 
     return run
+
+
+def open_timetable() -> Timetable:
+    settings = load_settings()
+    return Timetable(connect(settings.store_url()), stream=settings.stream)
+
+
+# --------------------------------------------------------------------------------------------------------- completion
+
+
+def completed(names: Callable[[Timetable], Iterable[str]]) -> Callable[..., list[CompletionItem]]:
+    """Completes from what the server knows; nothing, and without a word, where it does not answer in time."""
+
+    def complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        found: list[str] = []
+
+        def look() -> None:
+            with suppress(Exception):  # a shell that completes has no place for a message
+                found.extend(names(open_timetable()))
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(COMPLETION_S)
+        return [CompletionItem(name) for name in sorted(found) if name.startswith(incomplete)]
+
+    return complete
+
+
+aliases_known = completed(ops.all_aliases)
+logins_known = completed(lambda timetable: timetable.logins())
+lettered = completed(lambda timetable: (row.alias or row.login for row in ops.dead_letters(timetable)))
 
 
 # ----------------------------------------------------------------------------------------------------------- running
 
 
+class Lines:
+    """How `up` looks where no terminal is: one prefixed line after the other, or JSON."""
+
+    def __init__(self, machine: Machine, is_json: bool) -> None:
+        self._is_json = is_json
+        self._show = printer(machine.names, sys.stdout)
+
+    def line(self, name: str, line: str) -> None:
+        if self._is_json:
+            with suppress(OSError):
+                click.echo(json.dumps({"process": name, "line": line}, ensure_ascii=False))
+        elif text := readable(line):
+            self._show(name, text)
+
+    def showing(self, _timetable: Timetable, _statuses: Callable[[], dict[str, str]]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def summary(self, timetable: Timetable) -> None:
+        print_accounts(timetable, None, self._is_json)
+
+
 @main.command()
 @click.option("--for", "for_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop after so many seconds.")
+@click.option("--plain", is_flag=True, help="Plain lines on a terminal, too.")
 @as_json
-def up(for_s: float | None, is_json: bool) -> None:
+def up(for_s: float | None, plain: bool, is_json: bool) -> None:
     """Run everything on this machine until Ctrl-C.
 
-    Without accounts of your own it runs the sandbox's. Example: balances up --for 40
+    Without accounts of your own it runs the sandbox's.
+
+    \b
+    Example:
+      balances up --for 40
     """
-    machine = Machine(load_settings(), os.environ)
-    names = ("up", "beat", "worker", "flower", "sandbox")
-    show = printer(names, sys.stdout)
+    settings = load_settings()
+    machine = Machine(settings, os.environ)
+    header = opening(machine)
+    if is_json or plain or not is_terminal():
+        if not is_json:
+            click.echo("\n".join(header))
+        status = machine.run(for_s, Lines(machine, is_json))
+    else:
+        log = settings.data_dir / LOG_FILE
+        status = machine.run(for_s, Screen(console, [*header, f"What the processes say: {log}"], log))
+    try:
+        sys.stdout.flush()
+    except OSError:
+        leave_quietly(status)
+    sys.exit(status)
 
-    def on_line(name: str, line: str) -> None:
-        if is_json:
-            click.echo(json.dumps({"process": name, "line": line}, ensure_ascii=False))
-        else:
-            show(name, readable(line))
 
-    if machine.settings.is_sandbox and not is_json:
-        click.echo("This is the sandbox: a bank of our own making. To go live: config/accounts.example.toml")
-    sys.exit(machine.run(for_s, on_line, lambda timetable: print_accounts(timetable, None, is_json)))
+def opening(machine: Machine) -> list[str]:
+    """What runs, how to go live where that is the sandbox, and where Flower is."""
+    settings = machine.settings
+    lines = [f"{len(machine.accounts.definitions)} accounts of {settings.accounts_path}"]
+    if settings.is_sandbox:
+        lines = [
+            "This is the sandbox: a bank of our own making; no request leaves this machine.",
+            "To go live: copy config/accounts.example.toml to config/accounts.toml, edit it.",
+        ]
+    return [*lines, f"Flower: {machine.flower_url} · Ctrl-C stops everything"]
 
 
 @main.command()
 @as_json
 def store(is_json: bool) -> None:
-    """Run the embedded server alone, in the foreground. Example: balances store"""
+    """Run the embedded server alone, in the foreground.
+
+    \b
+    Example:
+      balances store
+    """
     settings = load_settings()
     with EmbeddedStore(settings.data_dir) as embedded:
         told = {"pid": embedded.pid, "data_dir": str(embedded.data_dir)}
@@ -116,24 +257,27 @@ def store(is_json: bool) -> None:
 @click.option("--latency", default="0s", help="How long every answer takes: 2s, or 0.2s-3s.")
 @as_json
 def sandbox(latency: str, is_json: bool) -> None:
-    """Run the imitation of Khipu alone, in the foreground. Example: balances sandbox --latency 0.2s-3s"""
+    """Run the imitation of Khipu alone, in the foreground.
+
+    \b
+    Example:
+      balances sandbox --latency 0.2s-3s
+    """
     settings = load_settings()
     try:
         serve("127.0.0.1", settings.sandbox_port, latency=latency, quiet=is_json)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--latency") from None
     except PortUnavailable as error:
-        raise click.ClickException(str(error)) from None
+        raise click.UsageError(f"{error}; free it, or set BALANCES_SANDBOX_PORT to another") from None
 
 
-class until_interrupted:
+@contextmanager
+def until_interrupted() -> Iterator[None]:
     """Ends the block quietly at Ctrl-C or SIGTERM."""
-
-    def __enter__(self) -> None:
-        import signal
-
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        return kind is KeyboardInterrupt or kind is BrokenPipeError
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        yield
 
 
 # ----------------------------------------------------------------------------------------------------------- looking
@@ -142,7 +286,12 @@ class until_interrupted:
 @main.command()
 @as_json
 def check(is_json: bool) -> None:
-    """Look at configuration, secrets and server; exit 1 if something is wanting. Example: balances check"""
+    """Look at configuration, secrets and server; exit 1 if something is wanting.
+
+    \b
+    Example:
+      balances check && balances up
+    """
     settings = load_settings()
     accounts = load_accounts(settings.accounts_path, callback_configured=settings.callback_url is not None)
     credentials = CredentialStore(environment(settings), settings.secrets_dir)
@@ -150,7 +299,7 @@ def check(is_json: bool) -> None:
     if is_json:
         print_json([ops.as_dict(finding) for finding in findings])
     else:
-        console.print(tables.findings_table(findings))
+        show(tables.findings_table(findings))
     sys.exit(0 if all(finding.is_right for finding in findings) else 1)
 
 
@@ -162,129 +311,194 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 @main.command()
-@click.argument("alias", required=False)
+@click.argument("alias", required=False, shell_complete=aliases_known)
 @as_json
 @with_timetable
 def accounts(timetable: Timetable, alias: str | None, is_json: bool) -> None:
-    """List accounts, trouble first. Example: balances accounts acme-operating"""
-    print_accounts(timetable, alias, is_json)
+    """List accounts, trouble first; with ALIAS, tell one account's story.
+
+    \b
+    Examples:
+      balances accounts
+      balances accounts acme-operating
+    """
+    if alias is None or is_json:
+        print_accounts(timetable, alias, is_json)
+    else:
+        show(tables.account_story(ops.story(timetable, alias), now_of(timetable)))
 
 
 def print_accounts(timetable: Timetable, alias: str | None, is_json: bool) -> None:
     rows = ops.accounts(timetable, None if alias is None else [alias])
     if is_json:
         print_json([ops.as_dict(row) for row in rows])
+    elif not rows:
+        click.echo("no accounts yet: beat puts the accounts file into force, or `balances sync`")
     else:
-        console.print(tables.accounts_table(rows, tables.utc(timetable.now_ms())))
+        show(tables.accounts_table(rows, now_of(timetable)))
+        show(tables.tally_rows(rows))
+
+
+def now_of(timetable: Timetable) -> datetime:
+    return tables.utc(timetable.now_ms())
 
 
 @main.command()
-@click.argument("alias", required=False)
+@click.argument("alias", required=False, shell_complete=aliases_known)
 @as_json
 @with_timetable
 def latest(timetable: Timetable, alias: str | None, is_json: bool) -> None:
-    """Show the newest balance of every account. Example: balances latest acme-operating --json"""
+    """Show the newest balance of every account, or of ALIAS.
+
+    \b
+    Example:
+      balances latest acme-operating --json
+    """
     observations = ops.latest(timetable, alias)
     if is_json:
         print_json(observations)
     else:
-        console.print(tables.observed_table(observations, tables.utc(timetable.now_ms())))
+        show(tables.observed_table(observations, now_of(timetable)))
 
 
 @main.command()
 @click.option("--from", "start", default=None, metavar="ID", help="Begin after this entry; 0 is the oldest.")
-@click.option("--alias", default=None, help="Only this account.")
+@click.option("--alias", default=None, help="Only this account.", shell_complete=aliases_known)
 @click.option("--follow/--no-follow", default=True, help="Go on for ever, or stop at the end of the stream.")
 @as_json
 def tail(start: str | None, alias: str | None, follow: bool, is_json: bool) -> None:
-    """Follow the stream. Example: balances tail --from 0 --no-follow --json"""
+    """Follow the stream: balances, and what becomes of accounts.
+
+    \b
+    Examples:
+      balances tail
+      balances tail --from 0 --no-follow --json
+    """
+    if start is not None and not re.fullmatch(r"\d+(-\d+)?", start):
+        raise click.BadParameter("an entry's id is 1795343555436-0, or 0", param_hint="--from")
     settings = load_settings()
     client = connect(settings.store_url())
-    after = start or (last_id(client, settings.stream) if follow else "0")
     with until_interrupted():
-        for entry in read(client, settings.stream, after=after, follow=follow):
+        after = start or (last_id(client, settings.stream) if follow else "0")
+        if follow:
+            entries = ops.follow(client, settings.stream, after=after, is_away=say_away)
+        else:
+            entries = read(client, settings.stream, after=after)
+        for entry in entries:
             if alias not in {None, entry.attributes["subject"]}:
                 continue
             if is_json:
                 click.echo(json.dumps({**entry.attributes, "data": entry.data, "entry": entry.id}, ensure_ascii=False))
             else:
-                click.echo(tables.event_line(entry.attributes, entry.data))
+                console.print(tables.event_line(entry.attributes, entry.data), soft_wrap=True)
+
+
+def say_away() -> None:
+    click.echo("balances: the server is away; trying again", err=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- ordering
 
 
-def tell(results: Iterable[tuple[str, str | None]], done: str, is_json: bool) -> None:
+def tell(results: Results, done: str, is_json: bool) -> NoReturn:
     """Prints what became of each, and exits 1 if any was refused."""
-    told = list(results)
+    told: list[tuple[str, str | None]] = []
+    for name, reason in results:
+        told.append((name, reason))
+        if not is_json:
+            click.echo(f"{name}: {done}" if reason is None else f"{name}: refused: {reason}")
     if is_json:
         print_json([{"name": name, "done": reason is None, "reason": reason} for name, reason in told])
-    else:
-        for name, reason in told:
-            click.echo(f"{name}: {done}" if reason is None else f"{name}: refused: {reason}")
     sys.exit(1 if any(reason for _, reason in told) else 0)
 
 
-def chosen(timetable: Timetable, aliases: tuple[str, ...], is_all: bool) -> list[str]:
+def chosen(timetable: Timetable, aliases: tuple[str, ...], is_all: bool) -> Sequence[str]:
     if is_all == bool(aliases):
         raise click.UsageError("name accounts, or say --all")
-    return ops.all_aliases(timetable) if is_all else list(aliases)
+    return ops.all_aliases(timetable) if is_all else aliases
 
 
 @main.command()
-@click.argument("alias")
+@click.argument("alias", shell_complete=aliases_known)
 @as_json
 @with_timetable
 def poll(timetable: Timetable, alias: str, is_json: bool) -> None:
-    """Make a scheduled account due now. Example: balances poll acme-operating"""
-    tell(ops.each([alias], timetable.poll), "due now", is_json)
+    """Make a scheduled account due now.
+
+    It never shortens a wait, and asks nothing of a paused or blocked account.
+
+    \b
+    Example:
+      balances poll acme-operating
+    """
+    tell(ops.each(timetable, ops.poll(timetable), [alias]), "due now", is_json)
 
 
 @main.command()
-@click.argument("aliases", nargs=-1)
+@click.argument("aliases", nargs=-1, shell_complete=aliases_known)
 @click.option("--all", "is_all", is_flag=True, help="Every account.")
 @as_json
 @with_timetable
 def pause(timetable: Timetable, aliases: tuple[str, ...], is_all: bool, is_json: bool) -> None:
-    """Stop polling accounts; a poll under way ends as it would. Example: balances pause acme-operating"""
-    tell(ops.each(chosen(timetable, aliases, is_all), timetable.pause), "paused", is_json)
+    """Stop polling accounts; a poll under way ends as it would.
+
+    \b
+    Example:
+      balances pause acme-operating acme-payroll
+    """
+    tell(ops.each(timetable, ops.pause(timetable), chosen(timetable, aliases, is_all)), "paused", is_json)
 
 
 @main.command()
-@click.argument("aliases", nargs=-1)
+@click.argument("aliases", nargs=-1, shell_complete=aliases_known)
 @click.option("--all", "is_all", is_flag=True, help="Every paused account.")
 @as_json
 @with_timetable
 def resume(timetable: Timetable, aliases: tuple[str, ...], is_all: bool, is_json: bool) -> None:
-    """Poll paused accounts again; a wait is not shortened. Example: balances resume acme-operating"""
+    """Poll paused accounts again; a wait is not shortened.
+
+    \b
+    Example:
+      balances resume acme-operating
+    """
     names = chosen(timetable, aliases, is_all)
     if is_all:
         names = [row.alias for row in ops.accounts(timetable) if row.state == "paused"]
-    tell(ops.each(names, timetable.resume), "resumed", is_json)
+    tell(ops.each(timetable, ops.resume(timetable), names), "resumed", is_json)
 
 
 @main.command()
-@click.argument("aliases", nargs=-1)
+@click.argument("aliases", nargs=-1, shell_complete=lettered)
 @click.option("--institution", default="", help="Only parked accounts of this institution.")
-@click.option("--login", default="", help="Only parked accounts of this login.")
+@click.option("--login", default="", help="Only parked accounts of this login.", shell_complete=logins_known)
 @as_json
 @with_timetable
 def release(timetable: Timetable, aliases: tuple[str, ...], institution: str, login: str, is_json: bool) -> None:
-    """Bring parked accounts back, the first at once; filters add up. Example: balances release --login acme"""
-    released = timetable.release(aliases, institution=institution, login=login)
-    refused = [alias for alias in aliases if alias not in released]
-    results = [(alias, None) for alias in released] + [(alias, "it is not parked") for alias in refused]
+    """Bring parked accounts back: the first at once, then one a second.
+
+    Filters add up; without any, every parked account comes back.
+
+    \b
+    Example:
+      balances release --institution bancosecurity.cl --login umbrella
+    """
+    results = ops.release(timetable, aliases, institution=institution, login=login)
     if not results and not is_json:
         click.echo("nothing was parked")
     tell(results, "released", is_json)
 
 
 @main.command()
-@click.argument("login")
+@click.argument("login", shell_complete=logins_known)
 @as_json
 @with_timetable
 def unblock(timetable: Timetable, login: str, is_json: bool) -> None:
-    """Lift a login's block and forgive the credential that failed. Example: balances unblock acme"""
+    """Lift a login's block and forgive the credential that failed.
+
+    \b
+    Example:
+      balances unblock hooli
+    """
     ops.unblock(timetable, login)
     tell([(login, None)], "unblocked; one account goes first", is_json)
 
@@ -294,7 +508,12 @@ def unblock(timetable: Timetable, login: str, is_json: bool) -> None:
 @as_json
 @with_timetable
 def sync(timetable: Timetable, force: bool, is_json: bool) -> None:
-    """Put the accounts file into force. Example: balances sync"""
+    """Put the accounts file into force, even where it was replaced since.
+
+    \b
+    Example:
+      balances sync --force
+    """
     accounts, changed = ops.sync(load_settings(), timetable, force=force)
     if is_json:
         print_json({"accounts": len(accounts.definitions), "changed": changed})
@@ -307,11 +526,19 @@ def sync(timetable: Timetable, force: bool, is_json: bool) -> None:
 
 @main.group()
 def dead() -> None:
-    """Look at dead letters, bring their accounts back, or throw them away."""
+    """Look at dead letters, bring accounts back, or throw them away.
+
+    \b
+    Example:
+      balances dead list
+    """
 
 
 queue_option = click.option(
-    "--queue", type=click.Choice([queue.removeprefix("balances.dead.") for queue in DeadLetterQueue]), default=None
+    "--queue",
+    type=click.Choice([queue.removeprefix("balances.dead.") for queue in DeadLetterQueue]),
+    default=None,
+    help="One of the four queues.",
 )
 
 
@@ -324,20 +551,30 @@ def full_name(queue: str | None) -> str | None:
 @as_json
 @with_timetable
 def dead_list(timetable: Timetable, queue: str | None, is_json: bool) -> None:
-    """List dead letters. Example: balances dead list --queue bad-answer"""
+    """List dead letters, queue by queue, the oldest first.
+
+    \b
+    Example:
+      balances dead list --queue bad-answer
+    """
     rows = ops.dead_letters(timetable, full_name(queue))
     if is_json:
         print_json([ops.as_dict(row) for row in rows])
     else:
-        console.print(tables.letters_table(rows, tables.utc(timetable.now_ms())))
+        show(tables.letters_table(rows, now_of(timetable)))
 
 
 @dead.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=lettered)
 @as_json
 @with_timetable
 def dead_show(timetable: Timetable, name: str, is_json: bool) -> None:
-    """Show the letter of an account, or of a blocked login. Example: balances dead show acme-operating"""
+    """Show the letter of an account, or of a blocked login.
+
+    \b
+    Example:
+      balances dead show umbrella-savings
+    """
     row, message = ops.dead_letter(timetable, name)
     if is_json:
         print_json({**ops.as_dict(row), "message": message})
@@ -347,23 +584,123 @@ def dead_show(timetable: Timetable, name: str, is_json: bool) -> None:
             click.echo(f"{key:<12} {', '.join(value) if isinstance(value, list) else value}")
 
 
+class Rate(click.ParamType[float]):
+    """ "10/m": so many a second, minute or hour, as the pause between two, in seconds."""
+
+    name = "N/UNIT"
+    UNITS = {"s": 1, "m": 60, "h": 3600}  # noqa: RUF012 - a table
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"([1-9]\d{0,5})/([smh])", str(value))
+        if not match:
+            self.fail(f"{value!r} is no rate; write 10/m for ten a minute (or /s, /h)", param, ctx)
+        return self.UNITS[match[2]] / int(match[1])
+
+
 @dead.command("redrive")
-@click.argument("aliases", nargs=-1)
+@click.argument("aliases", nargs=-1, shell_complete=lettered)
 @queue_option
+@click.option("--rate", "pause_s", type=Rate(), default=None, help="At most so many: 10/m, 2/s, 100/h.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be brought back.")
 @as_json
 @with_timetable
-def dead_redrive(timetable: Timetable, aliases: tuple[str, ...], queue: str | None, is_json: bool) -> None:
-    """Bring suspended accounts back. Example: balances dead redrive --queue retries-exhausted"""
+def dead_redrive(
+    timetable: Timetable,
+    aliases: tuple[str, ...],
+    queue: str | None,
+    pause_s: float | None,
+    dry_run: bool,
+    is_json: bool,
+) -> None:
+    """Bring suspended accounts back: by name, or all of a queue.
+
+    Ctrl-C stops between two of them; the same command goes on with the rest.
+
+    \b
+    Examples:
+      balances dead redrive umbrella-savings
+      balances dead redrive --queue retries-exhausted --rate 10/m
+      balances dead redrive --queue bad-answer --dry-run
+    """
     if bool(aliases) == bool(queue):
         raise click.UsageError("name accounts, or a --queue")
-    names = list(aliases) or [row.alias for row in ops.dead_letters(timetable, full_name(queue)) if row.alias]
-    tell(ops.each(names, lambda alias: ops.redrive(timetable, alias)), "redriven: due now", is_json)
+    names = list(aliases) if queue is None else ops.redrivable(timetable, f"balances.dead.{queue}")
+    results = ops.each(timetable, ops.redrive(timetable, dry_run=dry_run), names)
+    if not names and not is_json:
+        click.echo("nothing to redrive")
+    if dry_run:
+        tell_dry_run(list(results), is_json)
+    with Between() as between:
+        tell_some(between.each(results, len(names), pause_s or 0.0), len(names), is_json)
+
+
+def tell_dry_run(results: Sequence[tuple[str, str | None]], is_json: bool) -> NoReturn:
+    if is_json:
+        print_json([{"name": name, "done": False, "would": not reason, "reason": reason} for name, reason in results])
+        sys.exit(1 if any(reason for _, reason in results) else 0)
+    tell(results, "would be redriven", is_json)
+
+
+def tell_some(results: Results, count: int, is_json: bool) -> NoReturn:
+    """`tell`, for what may be interrupted: says how far it came, and exits 1."""
+    told: list[tuple[str, str | None]] = []
+
+    def remembered() -> Iterator[tuple[str, str | None]]:
+        for result in results:
+            told.append(result)
+            yield result
+
+    try:
+        # A bar and lines would write over each other: on a terminal the lines come when the bar is gone.
+        tell(list(remembered()) if sys.stderr.isatty() else remembered(), "redriven: due now", is_json)
+    finally:
+        if len(told) < count:
+            done = sum(reason is None for _, reason in told)
+            click.echo(f"balances: interrupted: {done} of {count} redriven, the others are as they were", err=True)
+            sys.exit(1)
+
+
+class Between:
+    """Lets Ctrl-C and SIGTERM stop a row of orders between two of them, never within one."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Between:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked.set()
+
+    def each(self, results: Results, count: int, pause_s: float) -> Iterator[tuple[str, str | None]]:
+        """The results, `pause_s` apart, with a bar on a terminal; fewer of them after a signal."""
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+            task = bar.add_task("redriving", total=count)
+            if self._asked.is_set():
+                return
+            for number, result in enumerate(results, start=1):
+                bar.advance(task)
+                yield result
+                if number < count and self._asked.wait(pause_s):
+                    return
 
 
 @dead.command("discard")
-@click.argument("aliases", nargs=-1, required=True)
+@click.argument("aliases", nargs=-1, required=True, shell_complete=lettered)
 @as_json
 @with_timetable
 def dead_discard(timetable: Timetable, aliases: tuple[str, ...], is_json: bool) -> None:
-    """Throw letters away and pause their accounts. Example: balances dead discard acme-operating"""
-    tell(ops.each(aliases, lambda alias: ops.discard(timetable, alias)), "discarded and paused", is_json)
+    """Throw letters away and pause their accounts.
+
+    \b
+    Example:
+      balances dead discard umbrella-savings
+    """
+    tell(ops.each(timetable, ops.discard(timetable), aliases), "discarded and paused", is_json)

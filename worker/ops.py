@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import redis
 
-from worker import schedule
+from worker import schedule, stream
 from worker.accounts import Accounts, Definition, load_accounts
 from worker.credentials import CredentialStore
 from worker.errors import Refused
 from worker.policy import DeadLetterQueue
-from worker.settings import Settings
+from worker.settings import Settings, format_duration
 from worker.timetable import Timetable
 
 #: The oldest servers that have what the scripts use (sharded Lua, XADD MINID, WAITAOF).
 OLDEST = {"redis": (7, 2), "valkey": (8, 0)}
 
-#: What an operator can do about a state that refuses a command.
+#: What a state means to an operator whose command it refuses; `{alias}`, `{login}` and `{due}` are its own.
 ADVICE = {
     "unknown": "no such account; see: balances accounts",
     "retired": "it is no longer in the accounts file",
@@ -29,12 +30,20 @@ ADVICE = {
     "dispatched": "its poll is about to begin",
     "polling": "its poll is under way",
     "awaiting": "its callback is awaited",
-    "waiting": "it waits before its next try, and a wait is never shortened",
-    "suspended": "it is suspended; see: balances dead show",
-    "parked": "it awaits a notification; see: balances release",
-    "paused": "it is paused; see: balances resume",
-    "blocked": "its login is blocked; see: balances unblock",
+    "waiting": "it waits for its next try at {due}, and a wait is never shortened",
+    "suspended": "it is suspended; bring it back with: balances dead redrive {alias}",
+    "parked": "it awaits a notification; bring it back with: balances release {alias}",
+    "paused": "it is paused; go on with: balances resume {alias}",
+    "blocked": "its login {login} is blocked; after the fix: balances unblock {login}",
 }
+
+#: What an order asks of an account, said before the advice where the account's state does not tell it.
+WANTED = {"resume": "it is not paused", "redrive": "it is not suspended", "discard": "it has no dead letter"}
+
+#: States in which an account's next step is a due time of its own.
+PLANNED = frozenset({"scheduled", "waiting", "awaiting"})
+#: How long `tail` lets a server that is away rest.
+AWAY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,55 @@ class LetterRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptRow:
+    """One of an account's last attempts. `outcome`: "ok", an error code, or our own kind of failure."""
+
+    ended_at: str
+    poll: int
+    attempt: int
+    duration_s: float
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why an account or a login stands still. `since`: ISO 8601; `queue`: of its letter; `type` may be ""."""
+
+    code: str
+    type: str
+    description: str
+    since: str
+    queue: str
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """One account, with why it is where it is and what can be done.
+
+    `underneath`: the state that lives on under a pause or a block, and `due` its due time. `holder`: the account in
+    flight for this login, '' for none. `reason`: of a dead letter. `block`: of the login where it is blocked, by the
+    credential `blocked_by` ("bank", "key"); `is_manual` where only an operator lifts it.
+    `tries`, `waits`, `losses`: the counters of `policy.Counters`. `attempts`: newest first. `commands`: what to type.
+    """
+
+    row: AccountRow
+    underneath: str
+    due: str | None
+    interval: str
+    holder: str
+    reason: Reason | None
+    block: Reason | None
+    blocked_by: str
+    is_manual: bool
+    tries: int
+    waits: int
+    max_waits: int
+    losses: int
+    attempts: tuple[AttemptRow, ...]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that `check` looked at: `is_right`, and otherwise what is wrong and what would be right."""
 
@@ -84,18 +142,29 @@ class Finding:
 def accounts(timetable: Timetable, aliases: Sequence[str] | None = None) -> list[AccountRow]:
     """Every account, or those named; raises `Refused` for one that is not defined."""
     now_ms = timetable.now_ms()
-    blocked = {login for login, fields in timetable.logins().items() if "blocked" in fields}
-    rows = []
-    for alias, fields in timetable.accounts(aliases):
-        if "definition" not in fields:
-            raise Refused(f"{alias}: {ADVICE['unknown']}")
-        rows.append(_account_row(alias, fields, fields["login"] in blocked, now_ms))
-    return rows
+    blocked = blocked_logins(timetable)
+    return [
+        account_row(alias, _defined(alias, fields), fields["login"] in blocked, now_ms)
+        for alias, fields in timetable.accounts(aliases)
+        if aliases is not None or "definition" in fields  # one may have been retired while the others were read
+    ]
 
 
-def _account_row(alias: str, fields: dict[str, str], is_blocked: bool, now_ms: int) -> AccountRow:
+def _defined(alias: str, fields: dict[str, str]) -> dict[str, str]:
+    if "definition" not in fields:
+        raise Refused(f"{alias}: {ADVICE[fields.get('state', 'unknown')]}")
+    return fields
+
+
+def blocked_logins(timetable: Timetable) -> set[str]:
+    """The logins of which nothing goes out."""
+    return {login for login, fields in timetable.logins().items() if "blocked" in fields}
+
+
+def account_row(alias: str, fields: Mapping[str, str], is_blocked: bool, now_ms: int) -> AccountRow:
+    """The row of a defined account, from the fields of its hash."""
     state = "paused" if "paused" in fields else "blocked" if is_blocked else fields["state"]
-    is_planned = state in {"scheduled", "waiting", "awaiting"}
+    is_planned = state in PLANNED
     due_ms = int(fields["due"])
     return AccountRow(
         alias=alias,
@@ -109,6 +178,59 @@ def _account_row(alias: str, fields: dict[str, str], is_blocked: bool, now_ms: i
         last_outcome=fields.get("last_outcome"),
         overdue=is_planned and due_ms < now_ms and _is_overdue(fields["definition"], due_ms, now_ms),
     )
+
+
+def story(timetable: Timetable, alias: str) -> Story:
+    """One account's story; raises `Refused` for one that is not defined."""
+    [(_, fields)] = timetable.accounts([alias])
+    login = timetable.logins().get(_defined(alias, fields)["login"], {})
+    row = account_row(alias, fields, "blocked" in login, timetable.now_ms())
+    definition = Definition.model_validate_json(fields["definition"])
+    return Story(
+        row=row,
+        underneath=fields["state"],
+        due=iso(int(fields["due"])) if fields["state"] in PLANNED else None,
+        interval=_interval(definition),
+        holder=login.get("holder", "").partition(" ")[0],
+        reason=_reason(fields, fields["suspended_at"], fields["queue"]) if "letter" in fields else None,
+        block=_reason(login, login["blocked_at"], DeadLetterQueue.DO_NOT_RETRY) if "blocked" in login else None,
+        blocked_by=login.get("blocked", ""),
+        is_manual="manual" in login,
+        tries=int(fields["tries"]),
+        waits=int(fields["waits"]),
+        max_waits=timetable.retry().max_waits,
+        losses=int(fields["losses"]),
+        attempts=tuple(map(_attempt_row, timetable.history(alias))),
+        commands=_commands(row, fields["state"]),
+    )
+
+
+def _interval(definition: Definition) -> str:
+    if definition.every_ms is None:
+        return f"cron {definition.cron} in {definition.timezone}"
+    return f"every {format_duration(timedelta(milliseconds=definition.every_ms))}"
+
+
+def _reason(fields: Mapping[str, str], since_ms: str, queue: str) -> Reason:
+    return Reason(fields["code"], fields["type"], fields["description"], iso(int(since_ms)), queue)
+
+
+def _attempt_row(entry: str) -> AttemptRow:
+    ended_ms, poll, attempt, duration_ms, outcome = entry.split(" ", 4)
+    return AttemptRow(iso(int(ended_ms)), int(poll), int(attempt), int(duration_ms) / 1000, outcome)
+
+
+def _commands(row: AccountRow, underneath: str) -> tuple[str, ...]:
+    """What an operator can type about this account now, the likeliest first."""
+    alias = row.alias
+    commands = {
+        "suspended": (f"balances dead redrive {alias}", f"balances dead discard {alias}"),
+        "parked": (f"balances release {alias}", f"balances dead discard {alias}"),
+        "scheduled": (f"balances poll {alias}",) if row.state == "scheduled" else (),
+    }.get(underneath, ())
+    if row.state == "blocked":
+        commands = (f"balances unblock {row.login}", *commands)
+    return (f"balances resume {alias}", *commands) if row.state == "paused" else (*commands, f"balances pause {alias}")
 
 
 def _is_overdue(definition: str, due_ms: int, now_ms: int) -> bool:
@@ -157,14 +279,111 @@ def latest(timetable: Timetable, alias: str | None = None) -> list[dict[str, Any
     return [found[alias]]
 
 
+def follow(client: redis.Redis, name: str, *, after: str, is_away: Callable[[], None]) -> Iterator[stream.Entry]:
+    """Every entry of the stream after `after`, for ever; `is_away` is called when the server goes away."""
+    while True:
+        try:
+            for entry in stream.read(client, name, after=after, follow=True):
+                after = entry.id
+                yield entry
+        except (redis.ConnectionError, redis.TimeoutError):
+            is_away()
+            time.sleep(AWAY_S)
+
+
 # ------------------------------------------------------------------------------------------------------------ ordering
 
 
-def each(aliases: Iterable[str], order: Callable[[str], str | None]) -> Iterator[tuple[str, str | None]]:
-    """Gives the order for every alias; yields it with None, or with the reason of its refusal."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A command for one account: its name, and what gives it; that returns None, or the state that refuses it."""
+
+    name: str
+    give: Callable[[str], str | None]
+
+
+def each(timetable: Timetable, order: Order, aliases: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Gives the order for every alias, one at a time; yields it with None, or with the reason of its refusal."""
     for alias in aliases:
-        state = order(alias)
-        yield alias, None if state is None else ADVICE.get(state, state)
+        state = order.give(alias)
+        yield alias, None if state is None else _why_not(timetable, order, alias, state)
+
+
+def _why_not(timetable: Timetable, order: Order, alias: str, state: str) -> str:
+    """The refusal in words: what the order wanted, what the state means, and the block that lies over it."""
+    logins = timetable.logins()
+    if state == "unknown" and "blocked" in logins.get(alias, {}):
+        return f"this is a login, and its letter goes with its block: balances unblock {alias}"
+    [(_, fields)] = timetable.accounts([alias])
+    parts = [WANTED[order.name]] if order.name in WANTED and state not in {"unknown", "retired"} else []
+    if not (parts and state == "scheduled"):
+        parts.append(ADVICE[state])
+    if state not in {"unknown", "retired", "blocked"} and "blocked" in logins.get(fields["login"], {}):
+        parts.append(ADVICE["blocked"])
+    return _filled("; ".join(parts), alias, fields)
+
+
+def _filled(advice: str, alias: str, fields: Mapping[str, str]) -> str:
+    due = datetime.fromtimestamp(int(fields.get("due", 0)) / 1000, UTC)
+    return advice.format(alias=alias, login=fields.get("login", ""), due=f"{due:%Y-%m-%d %H:%M:%S} UTC")
+
+
+def poll(timetable: Timetable) -> Order:
+    """Makes a scheduled account due now."""
+    return Order("poll", timetable.poll)
+
+
+def pause(timetable: Timetable) -> Order:
+    """Pauses an account; a poll under way ends as it would."""
+    return Order("pause", timetable.pause)
+
+
+def resume(timetable: Timetable) -> Order:
+    """Takes the pause off an account."""
+    return Order("resume", timetable.resume)
+
+
+def redrive(timetable: Timetable, *, dry_run: bool = False) -> Order:
+    """Brings a suspended account back; a dry run only looks whether it would."""
+    return Order("redrive", (lambda alias: _unless_suspended(timetable, alias)) if dry_run else timetable.redrive)
+
+
+def _unless_suspended(timetable: Timetable, alias: str) -> str | None:
+    [(_, fields)] = timetable.accounts([alias])
+    state = fields.get("state", "unknown")
+    return None if state == "suspended" else state
+
+
+def discard(timetable: Timetable) -> Order:
+    """Throws an account's letter away and pauses the account."""
+    return Order("discard", timetable.discard)
+
+
+def redrivable(timetable: Timetable, queue: str) -> list[str]:
+    """The suspended accounts with a letter in this queue, the oldest first; a blocked login's letter is none."""
+    if queue == DeadLetterQueue.AFTER_NOTIFICATION:
+        raise Refused(f"{queue}: what waits there is parked; bring it back with: balances release")
+    return [row.alias for row in dead_letters(timetable, queue) if row.alias]
+
+
+def release(
+    timetable: Timetable, aliases: Sequence[str], *, institution: str, login: str
+) -> list[tuple[str, str | None]]:
+    """Brings parked accounts back, filters adding up; each with None, or with why it was not released."""
+    released = timetable.release(aliases, institution=institution, login=login)
+    return [(alias, None) for alias in released] + [
+        (alias, _why_not_released(timetable, alias)) for alias in aliases if alias not in released
+    ]
+
+
+def _why_not_released(timetable: Timetable, alias: str) -> str:
+    [(_, fields)] = timetable.accounts([alias])
+    state = fields.get("state", "unknown")
+    if state == "parked":
+        return "it is parked, but not of that institution or login"
+    if state in {"unknown", "retired"}:
+        return ADVICE[state]
+    return _filled(f"it is not parked; {ADVICE[state]}", alias, fields)
 
 
 def unblock(timetable: Timetable, login: str) -> None:
@@ -174,23 +393,6 @@ def unblock(timetable: Timetable, login: str) -> None:
     reason = timetable.unblock(login)
     if reason:
         raise Refused(f"{login}: {reason}")
-
-
-def redrive(timetable: Timetable, alias: str) -> str | None:
-    """Brings a suspended account back; returns None, or why not."""
-    return _why_not(timetable, alias, timetable.redrive(alias))
-
-
-def discard(timetable: Timetable, alias: str) -> str | None:
-    """Throws an account's letter away and pauses it; returns None, or why not."""
-    return _why_not(timetable, alias, timetable.discard(alias))
-
-
-def _why_not(timetable: Timetable, alias: str, state: str | None) -> str | None:
-    """A login's letter is the login's: it goes with `unblock`, not one by one."""
-    if state == "unknown" and "blocked" in timetable.logins().get(alias, {}):
-        return f"this letter is a blocked login's; see: balances unblock {alias}"
-    return state
 
 
 def all_aliases(timetable: Timetable) -> list[str]:
@@ -232,7 +434,8 @@ def check_server(client: redis.Redis) -> Iterator[Finding]:
         server, memory, persistence = (client.info(section) for section in ("server", "memory", "persistence"))
         is_moved = bool(client.exists("clock:offset"))
     except redis.RedisError as error:
-        yield Finding("server", False, f"{type(error).__name__}; is it running, and is BALANCES_REDIS_URL right?")
+        advice = "is it running, new enough, and BALANCES_REDIS_URL right?"
+        yield Finding("server", False, f"{type(error).__name__}; {advice}")
         return
     yield _check_version(server)
     policy = memory.get("maxmemory_policy", "noeviction")

@@ -35,10 +35,6 @@ WRONG_CONFIGURATION = 2
 COLOURS = (36, 33, 32, 35, 34, 31)
 
 
-def _at_once() -> bool:
-    return True
-
-
 @dataclass(frozen=True, slots=True)
 class Command:
     """One process to keep running. A higher `stage` is started earlier, and stopped later (the sandbox: 1).
@@ -51,13 +47,18 @@ class Command:
     env: Mapping[str, str]
     cwd: Path | None = None
     stage: int = 0
-    ready: Callable[[], bool] = _at_once
+    ready: Callable[[], bool] = lambda: True
 
 
 def read_procfile(path: Path, env: Mapping[str, str]) -> list[Command]:
     """Return the commands of a Procfile, to run in its directory. Raises `ConfigurationError` naming the line."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        problem = Problem(str(path), f"cannot be read ({error.strerror})", "run it from a checkout")
+        raise ConfigurationError([problem]) from error
     commands = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if not (match := re.fullmatch(r"([\w-]+):\s*(\S.*)", line)):
@@ -117,6 +118,15 @@ class _Child:
     @property
     def running(self) -> bool:
         return self._process is not None
+
+    @property
+    def status(self) -> str:
+        """For people: "running", "starts again in 4 s", "waits for others", "stopped"."""
+        if self.running:
+            return "running"
+        if math.isinf(self.due):
+            return "waits for others" if self.due < 0 else "stopped"
+        return f"starts again in {max(0.0, self.due - time.monotonic()):.0f} s"
 
     def start(self) -> None:
         own = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), self.command.env.get("PATH", os.defpath)])}
@@ -199,6 +209,10 @@ class Runner:
         self._selector = selectors.DefaultSelector()
         self._remark_at = math.inf
 
+    def statuses(self) -> dict[str, str]:
+        """Each process's name and how it is, for people; from any thread."""
+        return {child.command.name: child.status for child in self._children}
+
     def run(self, for_s: float | None = None) -> int:
         """Run until a signal comes or the time is over; only on the main thread.
 
@@ -264,19 +278,21 @@ class Runner:
         for line in child.lines(chunk):
             self._on_line(child.command.name, line)
         if not chunk:
+            self._close(child)
+        return bool(chunk)
+
+    def _close(self, child: _Child) -> None:
+        if child.output >= 0:
             self._selector.unregister(child.output)
             os.close(child.output)
             child.output = -1
-        return bool(chunk)
 
     def _reap(self, child: _Child, *, wait: bool = False) -> int | None:
         status = child.reap(wait=wait)
-        if status is not None and child.output >= 0:
-            while self._read(child):
+        if status is not None:
+            while child.output >= 0 and self._read(child):
                 pass
-            if child.output >= 0:  # something in another session holds on to it
-                self._selector.unregister(child.output)
-                os.close(child.output)
+            self._close(child)  # where something in another session holds on to it
         return status
 
     def _bear(self, child: _Child, status: int) -> bool:

@@ -144,6 +144,8 @@ def _flower_auth(value: SecretStr) -> SecretStr:
     user, _, password = value.get_secret_value().partition(":")
     if not user or not password:
         raise ValueError("is not user:password")
+    if not value.get_secret_value().isascii():
+        raise ValueError("is not ASCII, which is all that Flower compares")
     return value
 
 

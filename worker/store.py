@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self, cast
 from urllib.parse import urlsplit
 
 from redis import BusyLoadingError, Redis, RedisError
@@ -215,8 +215,8 @@ class EmbeddedStore:
                 start_new_session=True,  # a terminal's Ctrl-C is for the runner
                 umask=0o077,
             )
-        with suppress(BrokenPipeError):  # where it died already, the log says why
-            _feed(self._server, config)
+        with suppress(BrokenPipeError), cast(BinaryIO, self._server.stdin) as stdin:  # if it died, its log says why
+            stdin.write(config.encode())
         self._await_pong(self._server)
 
     def _await_pong(self, server: subprocess.Popen[bytes]) -> None:
@@ -257,12 +257,6 @@ def described(status: int) -> str:
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     return f"ended with status {status}"
-
-
-def _feed(server: subprocess.Popen[bytes], config: str) -> None:
-    if server.stdin is not None:
-        with server.stdin as stdin:
-            stdin.write(config.encode())
 
 
 def _taken(lock: int) -> bool:

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from hashlib import sha256
-from traceback import extract_tb
 from typing import NoReturn, TypeVar
 from uuid import uuid4
 
@@ -29,6 +29,7 @@ from celery.exceptions import Ignore
 from celery.exceptions import Retry as CeleryRetry
 from celery.worker.request import Request
 
+from worker import logs
 from worker.accounts import Scheme
 from worker.balances import Accepted, Answer, check_currency, read_answer
 from worker.celery import POLL_TASK, SETTLE_TASK, Wiring, app, wiring
@@ -46,6 +47,7 @@ from worker.errors import (
 )
 from worker.khipu import never_shown
 from worker.policy import Block, Credential, DeadLetter, Publish, Retry, decide, is_contract_drift
+from worker.settings import format_duration
 from worker.stream import observed
 from worker.timetable import (
     MISSING,
@@ -96,7 +98,14 @@ class PollTask(Task):  # type: ignore[type-arg]
 
     Request = "worker.tasks:UnacknowledgedRequest"
     ignore_result = True
-    throws = (DeadLettered,)
+    throws = (DeadLettered, PollCrashed)
+
+
+class ShownRetry(CeleryRetry):
+    """Marks a row RETRY, and shows there what is waited for; Celery's own shows itself, with that inside."""
+
+    def __repr__(self) -> str:
+        return repr(self.exc)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +164,11 @@ def fence(token: Token) -> Iterator[Token]:
             yield token
         except (Ignore, CeleryRetry, DeadLettered):
             raise
-        except Exception as error:  # noqa: BLE001 - the last fence before Flower
-            # A fault of ours. Its text may hold anything, so only its type goes out; the lease brings the poll back.
-            log.error("poll crashed", error=type(error).__name__, at=frames(error))
+        except Exception as error:
+            # The last fence before Flower: a fault of ours. Its text may hold anything, so only its type goes out;
+            # the lease brings the poll back.
+            log.error("poll crashed", exc_info=error)
             raise PollCrashed(type(error).__name__) from None
-
-
-def frames(error: Exception) -> list[str]:
-    """Where it was raised, without what it says."""
-    return [f"{frame.name} {frame.filename}:{frame.lineno}" for frame in extract_tb(error.__traceback__)]
 
 
 def run(wiring: Wiring, token: Token) -> None:
@@ -193,13 +198,14 @@ class Offer:
 
 def begin(wiring: Wiring, token: Token) -> Attempt:
     """Takes the token, with the credentials that this worker would send; a stale token ends here, ignored."""
-    lease_started_s = time.monotonic()
     caller = uuid4().hex
     callback = new_callback(wiring)
     while True:
         scheme = _schemes.get(token.login, "api-key")
         offer = make_offer(wiring, token.login, scheme)
         prints = offer.fingerprints
+        # Not before the offer: a new worker's first fingerprints wait for each other, and that is no time of the lease.
+        lease_started_s = time.monotonic()
         begun = wiring.timetable.begin(
             token, caller=caller, scheme=scheme, bank=prints.bank, key=prints.key, callback=callback.digest
         )
@@ -368,7 +374,7 @@ def settle(attempt: Attempt, answer: Answer) -> bool:
         operation=answer.operation_id,
         result=settled.result,
         changed=settled.changed,
-        drift=list(answer.drift),
+        unknown_fields=list(answer.drift),
         duration_s=attempt.lease.used_ms / 1000,
     )
     return True
@@ -383,12 +389,13 @@ def fail(attempt: Attempt, outcome: Outcome, decision: Retry | DeadLetter | Bloc
             token, outcome, decision, begun.retry, bank=prints.bank, key=prints.key, is_answer=attempt.is_answer
         ),
     )
-    log.warning(
+    log.log(
+        logs.LEVELS[type(decision)],
         "failed",
         code=outcome.code,
         type=outcome.type,
         description=outcome.description,
-        decision=type(decision).__name__,
+        **logs.decided(decision),
         drift=is_contract_drift(outcome),
         applied=applied if isinstance(applied, str) else type(applied).__name__,
         duration_s=attempt.lease.used_ms / 1000,
@@ -405,11 +412,18 @@ def shown(outcome: Outcome, applied: Postponed | Suspension | None, now_ms: int)
         case Postponed():
             countdown_s = max(0, round((applied.due_ms - now_ms) / 1000))
             # Raised by hand it marks the row and sends nothing: beat sends the next attempt, under the same id.
-            return CeleryRetry(exc=Waiting(f"{what}: again in {countdown_s} s"), when=countdown_s)  # type: ignore[arg-type]
+            waiting = Waiting(f"{what}: again in {spoken(countdown_s)}")
+            return ShownRetry(exc=waiting, when=countdown_s)  # type: ignore[arg-type]
         case "blocked":
             return DeadLettered(f"{what} (login blocked)")
         case _:
             return DeadLettered(what)
+
+
+def spoken(seconds: int) -> str:
+    """A duration as the accounts file writes it; from some minutes on without seconds, which say nothing then."""
+    whole = timedelta(minutes=round(seconds / 60)) if seconds >= 600 else timedelta(seconds=seconds)
+    return format_duration(whole)
 
 
 def patiently(lease: Lease, call: Callable[[], T]) -> T:

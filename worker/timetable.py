@@ -277,13 +277,14 @@ class Timetable:
         """The batches that lead from what Redis holds to `accounts`; the last one makes it the current content."""
         known = self.revisions()
         now_ms = self.now_ms()
+        yield "limits", _limits_args(accounts)
         changed = (d for d in accounts.definitions.values() if known.get(d.alias) != d.revision)
         for batch in _batches(changed, APPLY_BATCH):
             yield "set", [part for definition in batch for part in _definition_args(definition, now_ms)]
         retired = (alias for alias in known if alias not in accounts.definitions)
         for aliases in _batches(retired, APPLY_BATCH):
             yield "retire", aliases
-        yield "finish", _config_args(accounts)
+        yield "finish", [accounts.digest]
 
     def revisions(self) -> dict[str, str]:
         """Every account defined now: alias → revision."""
@@ -633,7 +634,7 @@ def source_of(definition: Definition) -> str:
     return f"/khipu/{definition.country}/{definition.segment}/{definition.institution}"
 
 
-def _config_args(accounts: Accounts) -> tuple[str | int, ...]:
+def _limits_args(accounts: Accounts) -> tuple[str | int, ...]:
     limits = accounts.limits
     return (
         accounts.retry.model_dump_json(),
@@ -641,7 +642,6 @@ def _config_args(accounts: Accounts) -> tuple[str | int, ...]:
         limits.request_deadline_ms,
         limits.lease_margin_ms,
         limits.retention_ms,
-        accounts.digest,
     )
 
 

@@ -30,8 +30,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from worker import ops
-from worker.celery import Wiring, configure_logging, exiting_on_mistakes, wiring
+from worker import logs, ops
+from worker.celery import Wiring, exiting_on_mistakes, wiring
 from worker.errors import StoreUnavailable
 from worker.processes import check_ports
 from worker.timetable import Received, Timetable
@@ -298,7 +298,7 @@ def is_durable(wiring: Wiring) -> bool:
 
 def main() -> None:
     """Serves until SIGTERM or SIGINT, then finishes what was begun."""
-    configure_logging()
+    logs.configure()
     with exiting_on_mistakes():
         parts = wiring()
         settings = parts.settings

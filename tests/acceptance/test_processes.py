@@ -262,7 +262,9 @@ def test_listening_tells_whether_somebody_answers() -> None:
 
 def test_the_procfile_is_read_without_a_shell_and_runs_where_it_stands() -> None:
     commands = read_procfile(ROOT / "Procfile", {"A": "b"})
-    assert commands[0] == Command("beat", ["celery", "-A", "worker", "beat", "--loglevel", "INFO"], {"A": "b"}, ROOT)
+    assert commands[0] == Command(
+        "beat", ["celery", "-A", "worker", "-q", "beat", "--loglevel", "INFO"], {"A": "b"}, ROOT
+    )
     assert [command.name for command in commands][:3] == ["beat", "worker", "flower"]
 
 

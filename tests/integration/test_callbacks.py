@@ -27,25 +27,12 @@ class CallbackWorld(World):
     def define(self, *aliases: str, **changes: str) -> None:
         self.apply(read(*aliases, more='mode = "callback"', **changes))
 
-    def start(self, alias: str) -> Begun:
-        if self.state(alias) == "scheduled":
-            self.due_now(alias)
-        self.claim()
-        return self.begin_again(self.token(alias))
-
-    def begin_again(self, token: Token) -> Begun:
-        begun = self.timetable.begin(
-            token, caller="caller", scheme="api-key", bank=self.bank, key=self.key, callback=digest(token)
-        )
-        assert isinstance(begun, Begun)
-        return begun
-
     def accept(self, begun: Begun, life_span: timedelta | None = None) -> int | None:
         moment = datetime.fromtimestamp(self.timetable.now_ms() / 1000, UTC) + life_span if life_span else None
         return self.timetable.accept(begun, moment)
 
     def receive(self, token: Token, body: bytes = BODY) -> str:
-        (received,) = self.timetable.receive([(digest(token), body, "application/json")], is_durable=False)
+        (received,) = self.timetable.receive([(self.callback(token), body, "application/json")], is_durable=False)
         return received.result
 
     def settle_answer(self, token: Token, operation: str = "op-1") -> str:
@@ -59,10 +46,6 @@ class CallbackWorld(World):
 
     def settle_messages(self) -> list[str]:
         return [message["headers"]["id"] for message in self.messages("balances.answers")]
-
-
-def digest(token: Token) -> str:
-    return f"digest of {token.account} {token.poll} {token.attempt}"
 
 
 @pytest.fixture

@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from functools import lru_cache
 from uuid import uuid4
 
 import redis
 
 from worker.accounts import Accounts, Limits, Retry, parse_accounts
+from worker.balances import Answer, Balance
 from worker.celery import letter_template, poll_template
 from worker.errors import Kind, Outcome
 from worker.policy import Counters, Credential, DeadLetterQueue
+from worker.stream import observed
 from worker.timetable import Begun, Claim, CredentialRefused, Event, OtherScheme, Postponed, Settled, Timetable, Token
 
 STREAM = "balances"
 #: Every account's interval; the accounts of a world are due within this time.
 EVERY_S = 900
 MINUTE_MS = 60_000
+#: When every world begins. The next regular slots of a, b, c and d are 862, 788, 565 and 472 s away then.
+START_MS = 1_800_000_200_000
 #: A lease: the request's deadline (190 s) and the margin (60 s).
 LEASE_MS = 250_000
 
 FILE = """
 [[accounts]]
 alias = "{alias}"
-institution = "bancosecurity.cl"
+institution = "{institution}"
 number = "{number}"
 login = "{login}"
 every = "{every}"
 {more}
 """
+BANK = "bancosecurity.cl"
 
 
 def accounts_file(*aliases: str, login: str = "acme", every: str = "15m", number: str = "", more: str = "") -> bytes:
@@ -39,7 +46,9 @@ def accounts_file(*aliases: str, login: str = "acme", every: str = "15m", number
     return (
         logins
         + "".join(
-            FILE.format(alias=alias, number=number or f"9{index:07}", login=login, every=every, more=more)
+            FILE.format(
+                alias=alias, number=number or f"9{index:07}", login=login, every=every, more=more, institution=BANK
+            )
             for index, alias in enumerate(aliases)
         )
     ).encode()
@@ -48,6 +57,34 @@ def accounts_file(*aliases: str, login: str = "acme", every: str = "15m", number
 def read(*aliases: str, **kwargs: str) -> Accounts:
     is_callback = "callback" in kwargs.get("more", "")
     return parse_accounts(accounts_file(*aliases, **kwargs), "accounts.toml", callback_configured=is_callback)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One account of a file with several logins."""
+
+    alias: str
+    login: str = "acme"
+    number: str = ""
+    every: str = "15m"
+    institution: str = BANK
+
+
+def read_entries(*entries: Entry, head: str = "") -> Accounts:
+    """An accounts file of these entries, each with a number of its own unless one is given."""
+    logins = "".join(f"[logins.{login}]\n" for login in sorted({entry.login for entry in entries}))
+    tables = "".join(
+        FILE.format(
+            alias=entry.alias,
+            number=entry.number or f"1{int.from_bytes(entry.alias.encode()[-4:], 'big'):012}",
+            login=entry.login,
+            every=entry.every,
+            institution=entry.institution,
+            more="",
+        )
+        for entry in entries
+    )
+    return parse_accounts((head + logins + tables).encode(), "accounts.toml", callback_configured=False)
 
 
 OUTCOMES = {
@@ -63,7 +100,7 @@ class World:
     """The timetable, and what a test needs to push it around. `now` moves the one clock."""
 
     client: redis.Redis
-    template: tuple[str, str] = field(default_factory=lambda: (poll_template(), letter_template()))
+    template: tuple[str, str] = field(default_factory=lambda: World.templates())
     offset_ms: int = 0
     bank: str = "bank-1"
     key: str = "key-1"
@@ -71,13 +108,26 @@ class World:
     def __post_init__(self) -> None:
         message, letter = self.template
         self.timetable = Timetable(self.client, stream=STREAM, message=message, letter=letter)
+        self.set_clock(START_MS)
         self.workers(100)
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def templates() -> tuple[str, str]:
+        """Of a poll's message and of a dead letter."""
+        return poll_template(), letter_template()
 
     # -------------------------------------------------------------------------------------------- surroundings
 
     def workers(self, threads: int) -> None:
         self.client.delete("workers")
         self.timetable.register_worker("test", threads, ttl_s=3600)
+
+    def set_clock(self, now_ms: int) -> None:
+        """Let it go on from this moment, so that no test depends on the time of day at which it runs."""
+        seconds, micros = self.client.time()
+        self.offset_ms = 0
+        self.pass_time(now_ms - seconds * 1000 - micros // 1000)
 
     def pass_time(self, delta: timedelta | int) -> None:
         """Move the one clock on, by a timedelta or milliseconds."""
@@ -109,7 +159,13 @@ class World:
         return Begun(self.token(alias), now_ms, LEASE_MS, generation, definition, Retry(), Limits(), Counters())
 
     def begin(self, token: Token, caller: str = "caller") -> Begun | CredentialRefused | OtherScheme | None:
-        return self.timetable.begin(token, caller=caller, scheme="api-key", bank=self.bank, key=self.key)
+        return self.timetable.begin(
+            token, caller=caller, scheme="api-key", bank=self.bank, key=self.key, callback=self.callback(token)
+        )
+
+    def callback(self, token: Token) -> str:
+        """The digest of the token that this attempt would be called back with, in callback mode."""
+        return f"digest of {token.account} {token.poll} {token.attempt}"
 
     def start(self, alias: str) -> Begun:
         """Claim and begin the account's poll, at once."""
@@ -124,10 +180,13 @@ class World:
         self, begun: Begun, *, amount: str = "10000", operation: str | None = None, ids: tuple[str, ...] = ("873458",)
     ) -> Settled | None:
         now_ms = self.timetable.now_ms()
-        data = {"account": begun.token.account, "poll": begun.token.poll, "balances": [{"amount": amount}]}
-        operation = operation or str(uuid4())
+        as_of = datetime(2017, 7, 21, 17, 32, 28, tzinfo=timezone(timedelta(hours=-4)))
+        balances = tuple(Balance(each, "ClosingAvailable", "Credit", Decimal(amount), "CLP", as_of) for each in ids)
+        answer = Answer(operation or str(uuid4()), balances)
+        poll = max(begun.token.poll, 0)  # the one before the first is none that could be published
+        data = {**observed(begun.definition, poll, answer, now_ms), "account": begun.token.account}
         source = "/khipu/cl/business/bancosecurity.cl"
-        return self.timetable.settle(begun, Event(operation, source, data, f"fp {amount}", ids, now_ms))
+        return self.timetable.settle(begun, Event(answer.operation_id, source, data, f"fp {amount}", ids, now_ms))
 
     def postpone(self, token: Token, seconds: float = 20) -> Postponed | None:
         return self.timetable.postpone(token, int(seconds * 1000), Counters(1, 0, 0, token.attempt), "E201")
@@ -165,6 +224,24 @@ class World:
         score = self.client.zscore(f"due:{self.account(alias)['login']}", alias)
         return None if score is None else int(score)
 
+    def latest(self, alias: str) -> dict | None:
+        text = self.timetable.latest().get(alias)
+        return None if text is None else json.loads(text)
+
+    def snapshot(self) -> dict[str, object]:
+        """Everything that Redis holds, but what counts calls."""
+        readers = {
+            "string": self.client.get,
+            "hash": self.client.hgetall,
+            "zset": lambda key: self.client.zrange(key, 0, -1, withscores=True),
+            "set": self.client.smembers,
+            "list": lambda key: self.client.lrange(key, 0, -1),
+            "stream": self.client.xrange,
+        }
+        kept = {key: readers[self.client.type(key)](key) for key in self.client.scan_iter()}
+        kept.get("config", {}).pop("claimed_at", None)
+        return {key: value for key, value in kept.items() if key not in {"counts", "releases"}}
+
     def messages(self, queue: str = "balances.polls") -> list[dict]:
         return [json.loads(text) for text in reversed(self.client.lrange(queue, 0, -1))]
 
@@ -173,53 +250,114 @@ class World:
 
     # -------------------------------------------------------------------------------------------- what always holds
 
-    def check(self) -> None:
+    def check(self) -> Everything:
         """The invariants of the design, on everything that Redis holds."""
-        for login in self.client.smembers("logins"):
-            self._check_place(login)
-        for alias in self.client.hkeys("revisions"):
-            self._check_account(alias)
-        self._check_letters()
+        everything = Everything.read(self.client)
+        for login in everything.logins:
+            everything.check_place(login)
+        for alias in everything.revisions:
+            everything.check_account(alias)
+        everything.check_letters()
+        return everything
 
-    def _check_place(self, login: str) -> None:
+
+@dataclass(frozen=True)
+class Everything:
+    """What Redis holds of the timetable, read in one go."""
+
+    timetable: dict[str, float]
+    answers: dict[str, float]
+    revisions: dict[str, str]
+    parked: set[str]
+    failed: dict[str, str]
+    polls: list[str]
+    letters: dict[DeadLetterQueue, list[str]]
+    events: list[tuple[str, dict[str, str]]]
+    logins: dict[str, dict[str, str]]
+    due: dict[str, dict[str, float]]
+    accounts: dict[str, dict[str, str]]
+
+    @classmethod
+    def read(cls, client: redis.Redis) -> Everything:
+        pipeline = client.pipeline()
+        for key in ("timetable", "answers"):
+            pipeline.zrange(key, 0, -1, withscores=True)
+        for key in ("revisions", "failed"):
+            pipeline.hgetall(key)
+        for key in ("logins", "parked"):
+            pipeline.smembers(key)
+        for key in ("balances.polls", *DeadLetterQueue):
+            pipeline.lrange(key, 0, -1)
+        pipeline.xrange(STREAM)
+        timetable, answers, revisions, failed, logins, parked, polls, *letters, events = pipeline.execute()
+        names, aliases = sorted(logins), sorted(revisions)
+        for name in names:
+            pipeline.hgetall(f"login:{name}")
+            pipeline.zrange(f"due:{name}", 0, -1, withscores=True)
+        for alias in aliases:
+            pipeline.hgetall(f"account:{alias}")
+        found = pipeline.execute()
+        of_logins, accounts = found[: 2 * len(names)], found[2 * len(names) :]
+        return cls(
+            timetable=dict(timetable),
+            answers=dict(answers),
+            revisions=revisions,
+            parked=parked,
+            failed=failed,
+            polls=polls,
+            letters=dict(zip(DeadLetterQueue, letters, strict=True)),
+            events=events,
+            logins=dict(zip(names, of_logins[::2], strict=True)),
+            due={name: dict(due) for name, due in zip(names, of_logins[1::2], strict=True)},
+            accounts=dict(zip(aliases, accounts, strict=True)),
+        )
+
+    def check_place(self, login: str) -> None:
         """Rule 1: the place follows from the login's state."""
-        state = self.client.hgetall(f"login:{login}")
-        first = self.client.zrange(f"due:{login}", 0, 0, withscores=True)
-        expected = None if not first else first[0][1]
+        state, due = self.logins[login], self.due[login]
+        expected = min(due.values(), default=None)
         if "probing" in state:
-            expected = self.client.zscore(f"due:{login}", state.get("probe", ""))
+            expected = due.get(state.get("probe", ""), expected)
         if "holder" in state:
             expected = float(state["until"])
         if "blocked" in state:
             expected = None
-        assert self.client.zscore("timetable", login) == expected, (login, state, first)
+        assert self.timetable.get(login) == expected, (login, state, due)
+        assert ("holder" in state) == ("until" in state), (login, state)
+        assert "holder" in state or state.keys().isdisjoint({"begun", "refusals", "refused_by"}), (login, state)
+        assert due.keys() <= {alias for alias, account in self.accounts.items() if account["login"] == login}
 
-    def _check_account(self, alias: str) -> None:
+    def check_account(self, alias: str) -> None:
         """Exactly one next step: a due time, a place held, or a letter; unless it is paused."""
-        account = self.client.hgetall(f"account:{alias}")
-        login, state = account["login"], account["state"]
-        is_due = self.client.zscore(f"due:{login}", alias) is not None
-        holder = (self.client.hget(f"login:{login}", "holder") or "").split()
+        account = self.accounts[alias]
+        state, login, due = account["state"], self.logins[account["login"]], self.due[account["login"]]
+        holder = login.get("holder", "").split()
         is_holding = holder == [alias, account["poll"], account["attempt"]]
         is_planned = state in {"scheduled", "waiting"} or (
             state == "awaiting" and not is_holding and "answered" not in account
         )
-        assert is_due == (is_planned and "paused" not in account), (alias, account)
+        assert (alias in due) == (is_planned and "paused" not in account), (alias, account)
+        if alias in due:
+            assert account["due"] == f"{due[alias]:.0f}"
         if state in {"dispatched", "polling"} and "answered" not in account:
             assert is_holding, (alias, account, holder)
+            assert ("begun" in login) == (state == "polling"), (alias, account, login)
         if state == "awaiting" and "answered" in account:
-            assert self.client.zscore("answers", f"{alias} {account['poll']} {account['attempt']}") is not None
-        if is_due:
-            assert account["due"] == f"{self.client.zscore(f'due:{login}', alias):.0f}"
+            assert f"{alias} {account['poll']} {account['attempt']}" in self.answers
+        if state == "dispatched":
+            assert "paused" not in account, (alias, account)
+            assert "blocked" not in login, (alias, login)
+        if state in {"suspended", "parked"}:
+            assert not is_holding, (alias, account, holder)
+        if state == "scheduled":
+            assert [account[name] for name in ("tries", "waits", "losses")] == ["0"] * 3, (alias, account)
         assert ("letter" in account) == (state in {"suspended", "parked"}), (alias, account)
-        assert bool(self.client.sismember("parked", alias)) == (state == "parked")
+        assert (alias in self.parked) == (state == "parked")
 
-    def _check_letters(self) -> None:
+    def check_letters(self) -> None:
         """Every letter has its account or login, and the other way round."""
-        kept = [text for queue in DeadLetterQueue for text in self.client.lrange(queue, 0, -1)]
-        accounts = [self.client.hget(f"account:{alias}", "letter") for alias in self.client.hkeys("revisions")]
-        logins = [self.client.hget(f"login:{login}", "letter") for login in self.client.smembers("logins")]
-        assert sorted(kept) == sorted(letter for letter in accounts + logins if letter)
-        for login in self.client.smembers("logins"):
-            state = self.client.hgetall(f"login:{login}")
-            assert ("letter" in state) == ("blocked" in state)
+        kept = [letter for letters in self.letters.values() for letter in letters]
+        held = [state["letter"] for state in (*self.accounts.values(), *self.logins.values()) if "letter" in state]
+        assert sorted(kept) == sorted(held)
+        for login, state in self.logins.items():
+            assert ("letter" in state) == ("blocked" in state), (login, state)

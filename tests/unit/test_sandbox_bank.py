@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from worker.sandbox.bank import Account, Bank, LogOn, fingerprint, user_of
-from worker.sandbox.behaviour import parse_plan
+from worker.sandbox.notation import parse_plan
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from worker.sandbox.behaviour import Behaviour, Latency, Money, NotationError, parse_latency, parse_plan, parse_step
+from worker.sandbox.behaviour import Behaviour, Latency, Money
+from worker.sandbox.notation import parse_plan, parse_step
+from worker.sandbox.reading import NotationError, parse_latency
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from worker.sandbox import scenarios
 from worker.sandbox.bank import LogOn
-from worker.sandbox.behaviour import parse_plan
+from worker.sandbox.notation import parse_plan
 
 ACCOUNTS = Path(__file__).parents[2] / "config" / "sandbox.toml"
 

@@ -1,14 +1,16 @@
 -- Adds, changes and retires definitions: called by beat and by `balances sync`, in batches.
 --
--- ARGV  1 serial that the caller compared with  2 "set" | "retire" | "finish"
+-- ARGV  1 serial that the caller compared with  2 "limits" | "set" | "retire" | "finish", in this order
+--   limits: 3 retry  4 limits  5 request_deadline_ms  6 lease_margin_ms  7 retention_ms
 --   set:    3 … ten per account: alias, definition, revision, identity, schedule, slot (ms), login, institution, source,
 --           scheme
 --   retire: 3 … aliases
---   finish: 3 retry  4 limits  5 request_deadline_ms  6 lease_margin_ms  7 retention_ms  8 content digest
+--   finish: 3 content digest
 -- Returns { "applied", how many changed } or { "overtaken", serial }: another apply came between; compare again
 --
 -- A changed identity is a new generation: own pins, own latest, own tokens (rule 7). Anything else leaves the account's
--- step alone, but for the due time of a scheduled account whose schedule changed.
+-- step alone, but for the due time of a scheduled account whose schedule changed. The limits come first: no account is
+-- ever there without them, however an apply ends.
 
 local serial, event = ARGV[1], ARGV[2]
 local changed = 0
@@ -31,11 +33,11 @@ end
 
 local function start(alias, a, d)
   local generation = d.identity == a.identity and a.generation or whole((a.generation or 0) + 1)
-  redis.call('HSET', 'account:' .. alias, 'generation', generation, 'tries', 0, 'waits', 0, 'losses', 0)
+  redis.call('HSET', 'account:' .. alias, 'generation', generation)
   redis.call('PERSIST', 'pins:' .. alias .. ':' .. generation)
   redis.call('HSETNX', 'account:' .. alias, 'poll', 0)
   redis.call('HSETNX', 'account:' .. alias, 'attempt', 0)
-  step(alias, d.login, 'scheduled', tonumber(d.slot))
+  start_over(alias, d.login, tonumber(d.slot))
 end
 
 local function set(d)
@@ -74,16 +76,22 @@ local function retire(alias)
   changed = changed + 1
 end
 
-local function finish()
+local function set_limits()
   redis.call('HSET', 'config', 'retry', ARGV[3], 'limits', ARGV[4], 'request_deadline_ms', ARGV[5],
-    'lease_margin_ms', ARGV[6], 'retention_ms', ARGV[7], 'content', ARGV[8])
+    'lease_margin_ms', ARGV[6], 'retention_ms', ARGV[7])
+end
+
+local function finish()
+  redis.call('HSET', 'config', 'content', ARGV[3])
   redis.call('HINCRBY', 'config', 'serial', 1)
-  redis.call('ZADD', 'contents', whole(now), ARGV[8])
+  redis.call('ZADD', 'contents', whole(now), ARGV[3])
 end
 
 local at = redis.call('HGET', 'config', 'serial') or '0'
 if at ~= serial then return { 'overtaken', at } end
-if event == 'set' then
+if event == 'limits' then
+  set_limits()
+elseif event == 'set' then
   for i = 3, #ARGV, 10 do
     set({ alias = ARGV[i], definition = ARGV[i + 1], revision = ARGV[i + 2], identity = ARGV[i + 3],
       schedule = ARGV[i + 4], slot = ARGV[i + 5], login = ARGV[i + 6], institution = ARGV[i + 7],

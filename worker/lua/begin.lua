@@ -7,18 +7,18 @@
 -- Returns { "begun", now, lease_ms, generation, definition, retry, limits, tries, waits, losses, last_outcome }
 --      or { "refused", kind, times }: that credential already failed; still dispatched, sent again later
 --      or { "scheme", scheme }: the login's scheme is another one; nothing was begun
---      or { "stale" }: another token, or already begun
+--      or { "stale" }: another token, or already begun; also a repeated call where the login was blocked meanwhile
 
 local login, alias, poll, attempt, caller = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local fingerprints = { bank = ARGV[7], key = ARGV[8] }
-local key = 'account:' .. alias
+local key, login_key = 'account:' .. alias, 'login:' .. login
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'caller', 'generation', 'definition', 'tries', 'waits',
   'losses', 'last_outcome')
 
 local function begun()
   local c = fields('config', 'retry', 'limits')
-  return { 'begun', whole(now), whole(redis.call('HGET', 'login:' .. login, 'until') - now), a.generation,
+  return { 'begun', whole(now), whole(redis.call('HGET', login_key, 'until') - now), a.generation,
     a.definition, c.retry, c.limits, a.tries, a.waits, a.losses, a.last_outcome or '' }
 end
 
@@ -32,33 +32,37 @@ local function expect_callback(digest)
 end
 
 local function refuse(kind)
-  local times = redis.call('HINCRBY', 'login:' .. login, 'refusals', 1)
-  redis.call('HSET', 'login:' .. login, 'until', whole(now + config_ms('lease_margin_ms')))
+  local l = fields(login_key, 'refusals', 'refused_by')
+  if l.refused_by == caller then return { 'refused', kind, tonumber(l.refusals) } end
+  local times = redis.call('HINCRBY', login_key, 'refusals', 1)
+  redis.call('HSET', login_key, 'refused_by', caller, 'until', whole(now + config_ms('lease_margin_ms')))
   place(login)
   return { 'refused', kind, times }
 end
 
-if is_begun(a, login, poll, attempt) and a.caller == caller then
+local l = fields(login_key, 'blocked', 'begun', 'scheme')
+if is_begun(a, login, poll, attempt) and a.caller == caller and not l.blocked then
   return begun()
 end
 if not is_dispatched(a, login, poll, attempt) then
-  if not is_begun(a, login, poll, attempt) then free(login, held) end
+  -- A token that nobody will begin gives its place back; one that was begun does not, whatever became of its account.
+  if not l.begun then free(login, held) end
   place(login)
   count('stale begin')
   return { 'stale' }
 end
-local scheme = redis.call('HGET', 'login:' .. login, 'scheme')
-if scheme ~= ARGV[6] then return { 'scheme', scheme } end
+if l.scheme ~= ARGV[6] then return { 'scheme', l.scheme } end
 for _, kind in ipairs({ 'key', 'bank' }) do
   local offered = fingerprints[kind]
   if offered == 'missing' or redis.call('HEXISTS', 'failed', offered) == 1 then return refuse(kind) end
 end
 
-redis.call('HSET', key, 'state', 'polling', 'caller', caller, 'begun_at', whole(now), 'last_at', whole(now))
+redis.call('HSET', key, 'state', 'polling', 'caller', caller, 'begun_at', whole(now), 'last_at', whole(now),
+  'releases', redis.call('GET', 'releases') or '0')
 if attempt == '1' then redis.call('HSET', key, 'first_at', whole(now)) end
-redis.call('HSET', 'login:' .. login, 'bank', fingerprints.bank, 'key', fingerprints.key,
+redis.call('HSET', login_key, 'begun', 1, 'bank', fingerprints.bank, 'key', fingerprints.key,
   'until', whole(now + config_ms('request_deadline_ms') + config_ms('lease_margin_ms')))
-redis.call('HDEL', 'login:' .. login, 'refusals')
+redis.call('HDEL', login_key, 'refusals', 'refused_by')
 expect_callback(ARGV[9])
 place(login)
 return begun()

@@ -35,11 +35,13 @@ local function hold(login, held)
   redis.call('HSET', 'login:' .. login, 'holder', held, 'until', whole(now + margin_ms))
 end
 
-local function dispatch(login, alias, account)
+local function dispatch(login, alias, account, probing)
   local poll, attempt = account.poll, whole(account.attempt + 1)
   if account.state == 'scheduled' then
     poll, attempt = whole(math.max(account.poll + 1, now)), '1'
+    redis.call('HDEL', 'account:' .. alias, 'first_at')
   end
+  if probing then redis.call('HSET', 'login:' .. login, 'probe', alias) end
   redis.call('HSET', 'account:' .. alias, 'state', 'dispatched', 'poll', poll, 'attempt', attempt)
   redis.call('HDEL', 'account:' .. alias, 'answered', 'callback')
   redis.call('ZREM', 'due:' .. login, alias)
@@ -76,15 +78,6 @@ local function lapse(login, held)
   return true
 end
 
-local function next_account(login, probing, probe)
-  if probing then
-    local due = probe_due(login, probe)
-    return redis.call('HGET', 'login:' .. login, 'probe'), due
-  end
-  local first = redis.call('ZRANGE', 'due:' .. login, 0, 0, 'WITHSCORES')
-  return first[1], first[2]
-end
-
 local function serve_next(login, probing, probe)
   local alias, due = next_account(login, probing, probe)
   if not alias or tonumber(due) > now then return end
@@ -92,7 +85,7 @@ local function serve_next(login, probing, probe)
   if a.state == 'awaiting' then
     return_lapsed(login, alias, a)
   elseif room > 0 then
-    dispatch(login, alias, a)
+    dispatch(login, alias, a, probing)
   end
 end
 

@@ -9,7 +9,7 @@ local a = fields(key, 'state', 'login')
 
 if not NEEDS_LETTER[a.state] then return { 'refused', a.state or 'unknown' } end
 remove_letter(alias)
-redis.call('HSET', key, 'paused', whole(now), 'tries', 0, 'waits', 0, 'losses', 0)
-step(alias, a.login, 'scheduled', now)
+redis.call('HSET', key, 'paused', whole(now))
+start_over(alias, a.login, now)
 place(a.login)
 return { 'discarded' }

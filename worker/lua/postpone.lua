@@ -20,6 +20,6 @@ if postponed then
 else
   count('stale postpone')
 end
-if postponed or not is_own(a, login, poll, attempt) then free(login, token(alias, poll, attempt)) end
+if not is_dispatched(a, login, poll, attempt) then free(login, token(alias, poll, attempt)) end
 place(login)
 return postponed and { 'postponed', whole(now + countdown_ms) } or { 'stale' }

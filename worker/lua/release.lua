@@ -9,10 +9,11 @@
 local stream, spread_ms, institution, login = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 -- A poll in flight is over well before this: a callback's token lives for two days.
 local STAMP_S = 3 * 86400
+local number = redis.call('INCR', 'releases')
 local released, touched = {}, {}
 
 local function stamp(scope)
-  redis.call('SET', 'released:' .. scope, whole(now), 'EX', STAMP_S)
+  redis.call('SET', 'released:' .. scope, number, 'EX', STAMP_S)
 end
 
 local function fits(a)
@@ -29,8 +30,14 @@ local function bring_back_parked(alias)
   touched[a.login] = true
 end
 
+local function named()
+  local aliases = {}
+  for i = 5, #ARGV do aliases[#aliases + 1] = ARGV[i] end
+  return aliases
+end
+
 local function chosen()
-  if #ARGV > 4 then return { unpack(ARGV, 5) } end
+  if #ARGV > 4 then return named() end
   stamp((institution == '' and '*' or institution) .. '|' .. (login == '' and '*' or login))
   local parked = redis.call('SMEMBERS', 'parked')
   table.sort(parked)

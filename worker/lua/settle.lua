@@ -18,7 +18,8 @@ local key, pins = 'account:' .. alias, 'pins:' .. alias .. ':' .. generation
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'generation', 'revision', 'slot', 'latest_poll',
   'latest_attempt', 'latest_fingerprint', 'begun_at')
-local current = a.generation == generation and is_begun(a, login, poll, attempt)
+local defined = a.state ~= 'retired' and a.generation == generation
+local current = defined and is_begun(a, login, poll, attempt)
 
 local function is_foreign()
   local owner = redis.call('GET', 'operation:' .. operation)
@@ -30,13 +31,17 @@ local function is_foreign()
   return false
 end
 
+local keep_ms = config_ms('retention_ms') + DAY_MS
+
+-- The pins of what is no longer defined go with the stream's memory.
 local function pin()
   for i = 14, #ARGV do redis.call('SADD', pins, ARGV[i]) end
+  if not defined then redis.call('PEXPIRE', pins, whole(keep_ms)) end
 end
 
 -- Rule 6: whether this answer is newer than the newest one seen of this definition.
 local function is_newer()
-  if a.state == 'retired' or a.generation ~= generation then return false end
+  if not defined then return false end
   local p, q = tonumber(poll), tonumber(a.latest_poll or 0)
   return p > q or (p == q and tonumber(attempt) > tonumber(a.latest_attempt or 0))
 end
@@ -48,7 +53,6 @@ local function remember(text)
 end
 
 local function publish_once()
-  local keep_ms = config_ms('retention_ms') + DAY_MS
   if not redis.call('SET', 'operation:' .. operation, alias, 'NX', 'PX', whole(keep_ms)) then
     return 'repeated', false
   end
@@ -64,8 +68,8 @@ end
 local function schedule_next()
   -- An answer of an older revision was timed by an older schedule: `slot` is what the new one said when it came.
   local due = revision == a.revision and next_slot or tonumber(a.slot)
-  redis.call('HSET', key, 'tries', 0, 'waits', 0, 'losses', 0, 'last_ok', whole(fetched_at), 'last_outcome', 'ok')
-  step(alias, login, 'scheduled', due)
+  redis.call('HSET', key, 'last_ok', whole(fetched_at), 'last_outcome', 'ok')
+  start_over(alias, login, due)
   redis.call('HDEL', 'login:' .. login, 'probing', 'probe')
 end
 

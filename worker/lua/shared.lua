@@ -3,12 +3,14 @@
 -- Keys (all names are the contract's; <login> and <alias> are safe by their syntax):
 --   timetable            sorted set: login → moment of its next step (ms). Written by place() and by nothing else.
 --   due:<login>          sorted set: alias → due time (ms), for accounts that may be polled; in flight: not in it.
---   login:<login>        hash: holder ("alias poll attempt"), until (ms) · scheme · refusals · bank, key (fingerprints last
---                        accepted) · blocked (bank|key), fingerprint, blocked_at, code, type, manual, letter ·
---                        failed_bank, failed_key (fingerprints to forgive) · probing, probe
+--   login:<login>        hash: holder ("alias poll attempt"), until (ms), begun (a worker has begun the holder's token),
+--                        refusals, refused_by (caller) · scheme · bank, key (fingerprints last accepted) ·
+--                        blocked (bank|key), fingerprint, blocked_at, code, type, description, manual, letter,
+--                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried)
 --   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot ·
---                        state, due, paused, answered · poll, attempt, caller, callback, begun_at, first_at · tries, waits, losses ·
---                        last_ok, last_outcome, last_at · queue, letter, code, type, description, suspended_at ·
+--                        state, due, paused · poll, attempt, caller, begun_at, first_at, releases (how many there had
+--                        been when it began), callback (digest), answered · tries, waits, losses · last_ok,
+--                        last_outcome, last_at · queue, letter, code, type, description, suspended_at ·
 --                        latest_poll, latest_attempt, latest_fingerprint
 --   aliases:<login>      set: the login's accounts          logins   set: every login ever defined
 --   revisions            hash: alias → revision of every account defined now
@@ -23,7 +25,8 @@
 --   operation:<id>       string: alias, so that an operation is published once
 --   failed               hash: fingerprint → kind, of every credential that must not be sent
 --   failures:<login>     sorted set: fingerprint of a bank credential → when it failed (ms)
---   released:<scope>     string: when that scope was last released (ms)
+--   releases             string: how many releases there were; orders them, whatever the clock does
+--   released:<scope>     string: number of that scope's last release
 --   config               hash: retry, limits (JSON), *_ms, content, serial        contents  sorted set: digests applied
 --   workers              sorted set: "host threads" → until when it is alive (ms, real time)
 --   counts               hash: things that happened, counted
@@ -93,25 +96,25 @@ end
 
 ----------------------------------------------------------------------------------------------- the login's place
 
--- After an unblock one account probes: the one chosen before, while it can still be polled; else the first that is due.
--- An account that awaits its callback asks nothing, so it probes only where there is no other.
-local function probe_due(login, probe)
+-- After an unblock one account probes: the one that was tried, while it can still be polled; else the first that is due.
+-- An account that awaits its callback asks nothing, so it probes only where there is no other. Returns alias, due time.
+local function next_probe(login, probe)
   local due = probe and redis.call('ZSCORE', 'due:' .. login, probe)
-  if due then return due end
-  local candidates = redis.call('ZRANGE', 'due:' .. login, 0, -1)
-  local chosen = candidates[1]
-  for _, alias in ipairs(candidates) do
-    if redis.call('HGET', 'account:' .. alias, 'state') ~= 'awaiting' then
-      chosen = alias
-      break
+  if due then return probe, due end
+  local candidates = redis.call('ZRANGE', 'due:' .. login, 0, -1, 'WITHSCORES')
+  for i = 1, #candidates, 2 do
+    if redis.call('HGET', 'account:' .. candidates[i], 'state') ~= 'awaiting' then
+      return candidates[i], candidates[i + 1]
     end
   end
-  if not chosen then
-    redis.call('HDEL', 'login:' .. login, 'probe')
-    return nil
-  end
-  redis.call('HSET', 'login:' .. login, 'probe', chosen)
-  return redis.call('ZSCORE', 'due:' .. login, chosen)
+  return candidates[1], candidates[2]
+end
+
+-- The account that goes next where no place is held, and when: alias, due time (ms); nil where there is none.
+local function next_account(login, probing, probe)
+  if probing then return next_probe(login, probe) end
+  local first = redis.call('ZRANGE', 'due:' .. login, 0, 0, 'WITHSCORES')
+  return first[1], first[2]
 end
 
 -- Rule 1, and the end of every script: where the login stands in the timetable follows from its state alone.
@@ -122,10 +125,8 @@ local function place(login)
     at = nil
   elseif l.holder then
     at = l['until']
-  elseif l.probing then
-    at = probe_due(login, l.probe)
   else
-    at = redis.call('ZRANGE', 'due:' .. login, 0, 0, 'WITHSCORES')[2]
+    at = select(2, next_account(login, l.probing, l.probe))
   end
   if at then
     redis.call('ZADD', 'timetable', at, login)
@@ -137,7 +138,7 @@ end
 -- Frees the place if, and only if, that token holds it.
 local function free(login, held)
   if redis.call('HGET', 'login:' .. login, 'holder') == held then
-    redis.call('HDEL', 'login:' .. login, 'holder', 'until', 'refusals')
+    redis.call('HDEL', 'login:' .. login, 'holder', 'until', 'begun', 'refusals', 'refused_by')
   end
 end
 
@@ -167,6 +168,12 @@ local function step(alias, login, state, due)
   end
 end
 
+-- A new poll, no memory of what went before.
+local function start_over(alias, login, due)
+  redis.call('HSET', 'account:' .. alias, 'tries', 0, 'waits', 0, 'losses', 0)
+  step(alias, login, 'scheduled', due)
+end
+
 -- How many of its last attempts an account remembers, for whoever asks why it is where it is.
 local HISTORY = 5
 
@@ -193,11 +200,14 @@ end
 
 ----------------------------------------------------------------------------------------------- dead letters and events
 
--- The reason as the letter's header carries it; `code`, `type`, `description` arrive as one JSON object.
+-- The reason (code, type, description) as the letter's header carries it, JSON; `accounts` for a login's letter only.
 local function with_times(reason, attempts, first_at, accounts)
-  local r = cjson.decode(reason)
-  r.attempts, r.first_at, r.last_at, r.accounts = attempts, iso(first_at), iso(now), accounts
-  return cjson.encode(r)
+  local text = cjson.encode({
+    code = reason.code, type = reason.type, description = reason.description,
+    attempts = attempts, first_at = iso(first_at), last_at = iso(now), accounts = accounts,
+  })
+  -- cjson writes an empty table as an object.
+  return (string.gsub(text, '"accounts":{}', '"accounts":[]', 1))
 end
 
 local function push_letter(template, queue, login, alias, poll, attempt, reason)
@@ -230,12 +240,13 @@ local function publish_account(stream, alias, type, about)
   publish(stream, alias .. '.' .. a.poll .. '.' .. type, a.source, type, alias, now, cjson.encode(about))
 end
 
--- Brings a suspended or parked account back: a new poll, no memory of what went before.
+-- Brings a suspended or parked account back. Under a block the ledger hears of it with the unblock.
 local function bring_back(stream, alias, login, due, by)
   remove_letter(alias)
-  redis.call('HSET', 'account:' .. alias, 'tries', 0, 'waits', 0, 'losses', 0)
-  step(alias, login, 'scheduled', due)
-  publish_account(stream, alias, 'account.resumed.v1', { by = by })
+  start_over(alias, login, due)
+  if redis.call('HEXISTS', 'login:' .. login, 'blocked') == 0 then
+    publish_account(stream, alias, 'account.resumed.v1', { by = by })
+  end
 end
 
 local NEEDS_LETTER = { suspended = true, parked = true }

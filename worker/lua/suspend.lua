@@ -7,32 +7,37 @@
 --       15 "answer" where a callback's answer is what failed: once one is there, no deadline applies any more
 -- Returns { "suspended" } or { "parked" }: the account alone; also when the same token repeats its call
 --      or { "blocked" }: the whole login, whatever the token says (rule 4)
---      or { "postponed", due }: overtaken; the account waits shortly
+--      or { "postponed", due }: overtaken; the account waits shortly; also when the same token repeats its call
 --      or { "stale" }: another token; only counted
 
 local mode, stream, template, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local login, alias, poll, attempt = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
-local reason, code, short_ms = ARGV[9], ARGV[10], tonumber(ARGV[11])
+local reason, code, short_ms = cjson.decode(ARGV[9]), ARGV[10], tonumber(ARGV[11])
 local key, login_key = 'account:' .. alias, 'login:' .. login
 local held = token(alias, poll, attempt)
-local a = fields(key, 'state', 'poll', 'attempt', 'login', 'institution', 'begun_at', 'first_at', 'answered')
+local a = fields(key, 'state', 'poll', 'attempt', 'login', 'institution', 'begun_at', 'first_at', 'releases', 'due',
+  'answered')
 local own = is_own(a, login, poll, attempt)
 local begun, dispatched = is_begun(a, login, poll, attempt), is_dispatched(a, login, poll, attempt)
 
-local function explain(letter_key, letter)
-  local r = cjson.decode(reason)
-  redis.call('HSET', letter_key, 'letter', letter, 'code', r.code, 'type', r.type, 'description', r.description)
-end
-
-local function postpone_shortly()
-  redis.call('HSET', key, 'last_outcome', code)
-  step(alias, login, 'waiting', now + short_ms)
-  return { 'postponed', whole(now + short_ms) }
+local function explain(letter_key, accounts)
+  local first_at = own and tonumber(a.first_at) or now
+  local full = with_times(reason, tonumber(attempt), first_at, accounts)
+  redis.call('HSET', letter_key, 'letter', push_letter(template, queue, login, alias, poll, attempt, full),
+    'code', reason.code, 'type', reason.type, 'description', reason.description)
 end
 
 local function stale()
   count('stale ' .. mode)
   return { 'stale' }
+end
+
+local function wait_shortly()
+  if own and a.state == 'waiting' then return { 'postponed', a.due } end
+  if not begun then return stale() end
+  redis.call('HSET', key, 'last_outcome', code)
+  step(alias, login, 'waiting', now + short_ms)
+  return { 'postponed', whole(now + short_ms) }
 end
 
 -------------------------------------------------------------------------------------------------- one account
@@ -41,18 +46,17 @@ end
 local function was_released_since()
   local scopes = { '*|*', a.institution .. '|*', '*|' .. login, a.institution .. '|' .. login, alias }
   for _, scope in ipairs(scopes) do
-    local at = redis.call('GET', 'released:' .. scope)
-    if at and tonumber(at) >= tonumber(a.begun_at) then return true end
+    local number = redis.call('GET', 'released:' .. scope)
+    if number and tonumber(number) > tonumber(a.releases) then return true end
   end
   return false
 end
 
 local function suspend_account()
   if own and a.state == mode then return { mode } end
+  if mode == 'parked' and own and a.releases and was_released_since() then return wait_shortly() end
   if not begun or (a.answered and ARGV[15] ~= 'answer') then return stale() end
-  if mode == 'parked' and was_released_since() then return postpone_shortly() end
-  local full = with_times(reason, tonumber(attempt), tonumber(a.first_at), nil)
-  explain(key, push_letter(template, queue, login, alias, poll, attempt, full))
+  explain(key, nil)
   redis.call('HSET', key, 'state', mode, 'queue', queue, 'last_outcome', code, 'suspended_at', whole(now))
   redis.call('ZREM', 'due:' .. login, alias)
   if mode == 'parked' then redis.call('SADD', 'parked', alias) end
@@ -65,12 +69,11 @@ end
 local kind, fingerprint, is_refused = ARGV[12], ARGV[13], ARGV[14] == 'refused'
 local l = fields(login_key, 'blocked', 'bank', 'key', 'holder', 'letter')
 
--- What failed is never sent again, by any login, until it is forgiven.
+-- What failed is never sent again, by any login, until it is forgiven. What was refused was not sent now.
 local function remember_failed()
   if fingerprint == '' then return end
   redis.call('HSET', 'failed', fingerprint, kind)
-  redis.call('HSET', login_key, 'failed_' .. kind, fingerprint)
-  if kind == 'bank' then redis.call('ZADD', 'failures:' .. login, whole(now), fingerprint) end
+  if kind == 'bank' and not is_refused then redis.call('ZADD', 'failures:' .. login, whole(now), fingerprint) end
 end
 
 -- Where the bank log-on fails twice in a day, or is not ours to replace, only an operator may unblock.
@@ -85,35 +88,37 @@ local function void_holder()
   if holder and redis.call('HGET', 'account:' .. holder, 'login') == login then void(holder, login) end
 end
 
-local function tell_accounts(aliases)
-  for _, each in ipairs(aliases) do
+local function aliases_of_login()
+  local aliases = redis.call('SMEMBERS', 'aliases:' .. login)
+  table.sort(aliases)
+  return aliases
+end
+
+local function tell_accounts()
+  for _, each in ipairs(aliases_of_login()) do
     if not NEEDS_LETTER[redis.call('HGET', 'account:' .. each, 'state')] then
       publish_account(stream, each, 'account.suspended.v1', { state = 'blocked', code = code, queue = queue })
     end
   end
 end
 
+-- One letter for the login, with the reason that has to be dealt with.
 local function write_block()
+  if l.letter then redis.call('LREM', queue, 1, l.letter) end
+  explain(login_key, aliases_of_login())
   redis.call('HSET', login_key, 'blocked', kind, 'fingerprint', fingerprint, 'blocked_at', whole(now))
-  if only_operator() then redis.call('HSET', login_key, 'manual', 1) end
-  redis.call('HDEL', login_key, 'probing', 'probe', 'refusals')
+  redis.call('HDEL', login_key, 'probing', 'probe')
 end
 
 local function block_login()
-  remember_failed()
-  if begun or dispatched then step(alias, login, 'scheduled', now) end
-  if l.blocked then
-    -- A failed log-on outweighs a failed key: a renewed token never lifts an E1xx.
-    if l.blocked == 'key' and kind == 'bank' then write_block() end
-    return { 'blocked' }
+  if begun then start_over(alias, login, now) end
+  if fingerprint ~= '' then redis.call('HSET', login_key, 'failed_' .. kind, fingerprint) end
+  -- A failed log-on outweighs a failed key: a renewed token never lifts an E1xx.
+  if not l.blocked or (l.blocked == 'key' and kind == 'bank') then write_block() end
+  if not l.blocked then
+    void_holder()
+    tell_accounts()
   end
-  local aliases = redis.call('SMEMBERS', 'aliases:' .. login)
-  table.sort(aliases)
-  local full = with_times(reason, tonumber(attempt), tonumber(a.first_at or now), aliases)
-  write_block()
-  explain(login_key, push_letter(template, queue, login, alias, poll, attempt, full))
-  void_holder()
-  tell_accounts(aliases)
   return { 'blocked' }
 end
 
@@ -123,10 +128,12 @@ end
 
 local function block()
   if begun then redis.call('HSET', key, 'last_outcome', code) end
-  if not was_replaced_since() then return block_login() end
   remember_failed()
-  if begun then return postpone_shortly() end
-  return stale()
+  local result = was_replaced_since() and wait_shortly() or block_login()
+  if only_operator() and redis.call('HGET', login_key, 'blocked') == 'bank' then
+    redis.call('HSET', login_key, 'manual', 1)
+  end
+  return result
 end
 
 --------------------------------------------------------------------------------------------------

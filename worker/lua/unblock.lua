@@ -4,18 +4,18 @@
 -- Returns { "unblocked" } or { "refused", why }
 --
 -- The operator forgives what failed. A worker that holds a credential of the kind that failed, another one that has not
--- failed itself, lifts the block with it, unless the block is for an operator alone.
+-- failed itself, lifts the block with it, unless the block is for an operator alone. The one that failed here does not,
+-- even where it was forgiven for another login.
 
 local stream, login, by, fingerprint = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local key = 'login:' .. login
-local l = fields(key, 'blocked', 'manual', 'letter', 'failed_bank', 'failed_key')
+local l = fields(key, 'blocked', 'fingerprint', 'manual', 'letter', 'failed_bank', 'failed_key')
 
 local function forgive()
   for _, failed in ipairs({ l.failed_bank or '', l.failed_key or '' }) do
     redis.call('HDEL', 'failed', failed)
     redis.call('ZREM', 'failures:' .. login, failed)
   end
-  redis.call('HDEL', key, 'failed_bank', 'failed_key')
 end
 
 local function why_not()
@@ -23,7 +23,8 @@ local function why_not()
   if by == 'operator' then return nil end
   if l.manual then return 'only an operator may unblock' end
   if by ~= l.blocked then return 'the other credential failed' end
-  if fingerprint == '' or redis.call('HEXISTS', 'failed', fingerprint) == 1 then return 'it failed' end
+  local has_failed = fingerprint == l.fingerprint or redis.call('HEXISTS', 'failed', fingerprint) == 1
+  if fingerprint == '' or has_failed then return 'it failed' end
   return nil
 end
 
@@ -40,7 +41,7 @@ if reason then return { 'refused', reason } end
 if by == 'operator' then forgive() else redis.call('HSET', key, by, fingerprint) end
 if l.letter then redis.call('LREM', 'balances.dead.do-not-retry', 1, l.letter) end
 redis.call('HDEL', key, 'blocked', 'fingerprint', 'blocked_at', 'manual', 'letter', 'code', 'type', 'description',
-  'refusals')
+  'failed_bank', 'failed_key')
 redis.call('HSET', key, 'probing', 1)
 tell_accounts()
 place(login)

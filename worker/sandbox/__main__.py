@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from worker.sandbox.behaviour import NotationError
 from worker.sandbox.journal import HISTORY
+from worker.sandbox.reading import NotationError
 from worker.sandbox.server import PortUnavailable, serve
 
 

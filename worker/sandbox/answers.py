@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 
-from worker.sandbox.behaviour import Behaviour, Money, Step
+from worker.sandbox.behaviour import LIFE_SPAN_S, Behaviour, LifeSpan, Money, Step
 from worker.sandbox.http import Response
 
 #: Chile's winter offset, all year: the sandbox shows offsets without a colon, not daylight saving.
 CHILE = timezone(timedelta(hours=-4))
-#: What a 202 promises.
-LIFE_SPAN = timedelta(minutes=30)
 #: What the bank says without a description in the step, by the code's first characters, the longest first.
 DESCRIPTIONS = {
     "A000": "The token has expired, was revoked or is invalid.",
@@ -90,11 +89,24 @@ def error(operation_id: str, step: Step, status: int = 200) -> Response:
     return _json(operation_id, "ERROR", "null", step.additional_information, json.dumps(detail), status=status)
 
 
-def accepted(operation_id: str) -> Response:
+def accepted(operation_id: str, life_span: LifeSpan, now: datetime) -> Response:
     """The 202 of callback mode."""
-    life_span = moment(datetime.now(UTC) + LIFE_SPAN)
     information = "Data will be sent to the callback URL."
-    return _json(operation_id, "OK", "null", information, life_span=json.dumps(life_span), status=202)
+    return _json(operation_id, "OK", "null", information, life_span=_promise(life_span, now), status=202)
+
+
+def promised(life_span: LifeSpan, now: datetime) -> datetime:
+    """The moment that a 202 names, in whole seconds and never less; the default's, where it names none."""
+    in_s = LIFE_SPAN_S if life_span.literal is not None else life_span.in_s
+    return datetime.fromtimestamp(math.ceil(now.timestamp() + in_s), UTC)
+
+
+def _promise(life_span: LifeSpan, now: datetime) -> str:
+    """`LifeSpan` as JSON text; "" for no such field."""
+    if life_span.literal is not None:
+        return life_span.literal
+    zone = UTC if life_span.offset in ("", "Z") else datetime.strptime(life_span.offset, "%z").tzinfo
+    return json.dumps(promised(life_span, now).astimezone(zone).strftime("%Y-%m-%dT%H:%M:%S") + life_span.offset)
 
 
 def _envelope(step: Step, subject: Subject, data: str) -> Response:
@@ -111,9 +123,10 @@ def _json(
     status: int = 200,
 ) -> Response:
     """Text and not `json.dumps` of the whole, because only text keeps an amount as it was written."""
+    last = f', "LifeSpan": {life_span}' if life_span else ""
     text = (
         f'{{"OperationId": {json.dumps(operation_id)}, "Status": "{status_text}", "Data": {data}, '
-        f'"AdditionalInformation": {json.dumps(information)}, "Error": {error_text}, "LifeSpan": {life_span}}}'
+        f'"AdditionalInformation": {json.dumps(information)}, "Error": {error_text}{last}}}'
     )
     return Response(status, text.encode())
 

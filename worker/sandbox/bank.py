@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
-from worker.sandbox.behaviour import Behaviour, Plan, Step, parse_plan
+from worker.sandbox.behaviour import Behaviour, Plan, Step
+from worker.sandbox.notation import parse_plan
 
 #: Wrong credentials in a row after which the bank locks a user out; banks take 3 to 5.
 LOCK_AFTER = 3

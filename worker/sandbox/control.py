@@ -5,20 +5,25 @@
 | `PUT /accounts/{number}` | a plan: `{"script": ["ok@2s", "hang"], "latency": "1s"}`, or `{"random": …}` |
 | `PUT /accounts` | many: `{"number": plan, …}` |
 | `POST /accounts/{number}/answer` | answers its hanging requests with `{"step": "ok"}`; tells how many |
+| `POST /accounts/{number}/callbacks` | sends its waiting callbacks now, or `{"step": …}` instead; tells how many |
 | `PUT /defaults` | the plan of all accounts that have none |
 | `PUT /log-ons/{user}` | `{"credential": …}`: what is right; wrong ones get E101, three in a row lock the user (E102) |
 | `POST /log-ons/{user}/unlock` | the bank lifts the lock |
 | `DELETE /log-ons/{user}` | no longer checked |
 | `PUT /keys` | `{"accepted": ["key", …]}`: all others get 401; `null`: any is good |
-| `DELETE /accounts` | plans, balances, log-ons and keys are as at the start; hanging requests stay |
+| `PUT /callbacks` | `{"pauses": ["1s", "2s", "4s", "8s"], "timeout": "10s", "hold_log_on": true}`; see below |
+| `DELETE /accounts` | all of the above is as at the start; waiting callbacks are dropped, hanging requests stay |
 | `GET /requests?since=N` | records after number N, oldest first; see below |
-| `DELETE /requests` | forgets records and counts |
+| `GET /callbacks?since=N` | the same for callbacks; `request` is the number of the request that one answers |
+| `DELETE /requests` | forgets records and counts, of requests and callbacks |
 | `GET /stats` | counts, in all, per account, per log-on |
 | `GET /log-ons` | per user: wrong, wrong_in_a_row, locked |
 
-`GET /requests` also takes `limit` (10,000), `number` (one account), `ended=1` (only what is over) and, instead of
-sleeping in tests, `count` and `wait`: it answers as soon as there are `count` such records, or after `wait` seconds.
-`GET /healthz` answers `{"status": "ok"}`.
+Both also take `limit` (10,000), `number` (one account), `ended=1` (only what is over) and, instead of sleeping in
+tests, `count` and `wait`: they answer as soon as there are `count` such records, or after `wait` seconds.
+`pauses` stand between the tries of a callback that nobody takes (none: one try), `timeout` is for one try, and with
+`hold_log_on` the log-on of an accepted request is in use until its callback is sent (or until LifeSpan), else until the
+202: `overlaps` counts accordingly. `GET /healthz` answers `{"status": "ok"}`.
 """
 
 from __future__ import annotations
@@ -26,38 +31,47 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 from worker.sandbox.bank import Bank, LogOn, fingerprint
-from worker.sandbox.behaviour import NotationError, parse_plan, parse_step
+from worker.sandbox.callbacks import Callbacks, Rules
 from worker.sandbox.endpoint import Endpoint
 from worker.sandbox.http import Exchange, Request, Response, json_response
-from worker.sandbox.journal import IN_FLIGHT, Journal, Record
+from worker.sandbox.journal import CallbackRecord, History, Journal, Record
+from worker.sandbox.notation import parse_plan, parse_step
+from worker.sandbox.reading import NotationError, allow, flag, seconds
 
 PREFIX = "/_sandbox"
 LIMIT = 10_000
 LONGEST_WAIT_S = 300.0
-#: Between two looks at the journal while somebody waits, so that a flood of requests is not scanned for each one.
-LOOK_AGAIN_S = 0.005
+#: Times as long as a look at the journal took until the next one, so that a flood of requests is not held up by looks.
+PAUSE_PER_LOOK = 10
 
 Handler = Callable[[Request, str], Response]
+AnyHistory = History[Record] | History[CallbackRecord]
 
 
 class Control:
-    """The control API over one bank, its endpoint and their journal."""
+    """The control API over one bank, its endpoint, their callbacks and their journal."""
 
-    def __init__(self, bank: Bank, endpoint: Endpoint, journal: Journal) -> None:
+    def __init__(self, bank: Bank, endpoint: Endpoint, callbacks: Callbacks, journal: Journal) -> None:
         self._bank = bank
         self._endpoint = endpoint
+        self._callbacks = callbacks
         self._journal = journal
+        self._histories: dict[str, AnyHistory] = {"requests": journal.requests, "callbacks": journal.callbacks}
         self._tasks: set[asyncio.Task[None]] = set()
         self._routes: dict[tuple[str, str], Handler] = {
             ("PUT", "/accounts/X"): self._put_account,
             ("PUT", "/accounts"): self._put_accounts,
             ("DELETE", "/accounts"): self._reset,
             ("POST", "/accounts/X/answer"): self._answer_hanging,
+            ("POST", "/accounts/X/callbacks"): self._send_callbacks,
+            ("PUT", "/callbacks"): self._put_rules,
             ("PUT", "/defaults"): self._put_defaults,
             ("GET", "/log-ons"): self._get_log_ons,
             ("PUT", "/log-ons/X"): self._put_log_on,
@@ -71,8 +85,9 @@ class Control:
     def handle(self, exchange: Exchange) -> None:
         """Answer one call of the control API."""
         request = exchange.request
-        if (request.method, request.path) == ("GET", f"{PREFIX}/requests"):
-            task = asyncio.get_running_loop().create_task(self._requests(exchange))
+        name = request.path.removeprefix(f"{PREFIX}/")
+        if request.method == "GET" and name in self._histories:
+            task = asyncio.get_running_loop().create_task(self._watch(exchange, name, self._histories[name]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             exchange.gone = partial(_cancel, task)
@@ -111,6 +126,14 @@ class Control:
         step = parse_step(_object(request).get("step", "ok"))
         return json_response({"answered": self._endpoint.release(number, step)})
 
+    def _send_callbacks(self, request: Request, number: str) -> Response:
+        step = _object(request).get("step")
+        return json_response({"sent": self._callbacks.send(number, None if step is None else parse_step(step))})
+
+    def _put_rules(self, request: Request, _: str) -> Response:
+        self._callbacks.rules = _rules(_object(request))
+        return json_response({})
+
     def _put_log_on(self, request: Request, user: str) -> Response:
         body = _object(request)
         if set(body) != {"credential"}:
@@ -145,6 +168,8 @@ class Control:
 
     def _reset(self, _: Request, __: str) -> Response:
         self._bank.reset()
+        self._callbacks.rules = Rules()
+        self._callbacks.drop()
         return json_response({})
 
     def _forget(self, _: Request, __: str) -> Response:
@@ -155,42 +180,63 @@ class Control:
         journal = self._journal
         total = journal.total.as_json()
         total["overlaps"] = sum(count.overlaps for count in journal.log_ons.values())
+        total["callbacks"] = {"waiting": self._callbacks.owed, **journal.called_back}
         total["accounts"] = {number: count.as_json() for number, count in journal.accounts.items()}
         total["log_ons"] = {name: count.as_json() for name, count in journal.log_ons.items()}
         return json_response(total)
 
-    async def _requests(self, exchange: Exchange) -> None:
+    async def _watch(self, exchange: Exchange, name: str, history: AnyHistory) -> None:
         """Wait until there is enough to tell, or no more time, and tell it."""
         query = exchange.request.query
         try:
             count, wait_s = int(query.get("count", "0")), min(float(query.get("wait", "0")), LONGEST_WAIT_S)
-            records = self._find(query)
+            records = _find(history, query)
         except ValueError as error:
             exchange.answer(json_response({"error": str(error)}, 400))
             return
         deadline = asyncio.get_running_loop().time() + wait_s
-        while len(records) < count and await self._changed_by(deadline):
-            records = self._find(query)
-        shown = [record.as_json() for record in records]
-        exchange.answer(json_response({"requests": shown, "last": self._journal.last}))
+        pause_s = 0.0
+        while len(records) < count and await _changed_by(history, deadline):
+            await asyncio.sleep(pause_s)
+            looked_at = time.monotonic()
+            records = _find(history, query)
+            pause_s = PAUSE_PER_LOOK * (time.monotonic() - looked_at)
+        exchange.answer(json_response({name: [record.as_json() for record in records], "last": history.last}))
 
-    async def _changed_by(self, deadline: float) -> bool:
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._journal.change()
-        except TimeoutError:
-            return False
-        await asyncio.sleep(LOOK_AGAIN_S)
-        return True
 
-    def _find(self, query: Mapping[str, str]) -> list[Record]:
-        number, ended = query.get("number"), query.get("ended") == "1"
-        found = (
-            record
-            for record in self._journal.records(int(query.get("since", "0")))
-            if (number is None or record.number == number) and not (ended and record.state == IN_FLIGHT)
-        )
-        return list(islice(found, int(query.get("limit", LIMIT))))
+async def _changed_by(history: AnyHistory, deadline: float) -> bool:
+    try:
+        async with asyncio.timeout_at(deadline):
+            await history.change()
+    except TimeoutError:
+        return False
+    return True
+
+
+def _find(history: AnyHistory, query: Mapping[str, str]) -> list[Record | CallbackRecord]:
+    number, ended = query.get("number"), query.get("ended") == "1"
+    found = (
+        record
+        for record in history.since(int(query.get("since", "0")))
+        if (number is None or record.number == number) and not (ended and not record.over)
+    )
+    return list(islice(found, int(query.get("limit", LIMIT))))
+
+
+def _rules(fields: Mapping[str, object]) -> Rules:
+    """What is not named is as at the start."""
+    allow(fields, ("pauses", "timeout", "hold_log_on"), "callbacks")
+    rules = Rules()
+    if "pauses" in fields:
+        pauses = fields["pauses"]
+        if not isinstance(pauses, list):
+            raise NotationError(f"pauses is a list such as ['1s', '2s'], not {pauses!r}")
+        rules = replace(rules, pauses_s=tuple(map(seconds, pauses)))
+    if "timeout" in fields:
+        rules = replace(rules, timeout_s=seconds(fields["timeout"]))
+    if "hold_log_on" in fields:
+        rules = replace(rules, hold_log_on=flag(fields, "hold_log_on"))
+    return rules
 
 
 def _cancel(task: asyncio.Task[None]) -> None:

@@ -1,11 +1,10 @@
 """Answer `POST /v1/{country}/banking/{segment}/{institution}/current/balances` as Khipu does.
 
     read ──▶ authorize ──▶ validate ──▶ log on at the bank ──▶ the account's next step ──▶ answer after its delay
-      └─ 400 P00x ┴─ 401 ───────┘            └─ E101, E102
+      └─ 400 P00x ┴─ 401 ───────┘            └─ E101, E102          └──▶ with CallbackUrl: a 202, then `callbacks`
 
 Khipu's P001–P003 are told apart here like this, which is our choice: P001 `AccountNumber`, P002 another field of the
-body, P003 the body or the authentication as a whole. Not done yet: with `CallbackUrl` the answer is a 202, and no
-callback follows (`_accept` is its place).
+body, P003 the body or the authentication as a whole. So is that a field which is null counts as one of a wrong type.
 """
 
 from __future__ import annotations
@@ -16,15 +15,17 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from uuid import uuid4
 
 from worker.sandbox import journal as states
 from worker.sandbox.answers import Subject, accepted, error, render
 from worker.sandbox.bank import Account, Bank, fingerprint, user_of
-from worker.sandbox.behaviour import Behaviour, Step
+from worker.sandbox.behaviour import Behaviour, Step, Timing
+from worker.sandbox.callbacks import Callbacks, Owed
 from worker.sandbox.http import Exchange, Request, Response
-from worker.sandbox.journal import Journal, Record
+from worker.sandbox.journal import Journal, Record, masked
 
 log = logging.getLogger("sandbox")
 
@@ -34,6 +35,7 @@ ROUTE = re.compile(
 )
 CURRENCY = re.compile(r"[A-Z]{3}")
 ACCOUNT_NUMBER_LENGTH = 20
+CALLBACK_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?([/?][!-~]*)?", re.ASCII)
 CALLBACK_URL_LENGTH = 255
 UNAUTHORIZED = Response(401, b'"Authorization failed"', "text/plain")
 
@@ -49,23 +51,19 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request whose body could be read: `data` is RequestData, `callback_url` as sent."""
+    """A request whose body could be read: `data` is RequestData, `callback_url` as sent (None: not at all)."""
 
     data: dict[str, object]
     callback_url: object
 
 
-def masked(number: str | None) -> str:
-    """An account number as a log may show it."""
-    return f"***{number[-2:]}" if number and len(number) > 4 else "***"
-
-
 class Endpoint:
     """The balances call. `hanging`: what waits for ever, by account number."""
 
-    def __init__(self, bank: Bank, journal: Journal) -> None:
+    def __init__(self, bank: Bank, journal: Journal, callbacks: Callbacks) -> None:
         self._bank = bank
         self._journal = journal
+        self._callbacks = callbacks
         self.hanging: dict[str, list[Callable[[Step], None]]] = {}
 
     def handle(self, exchange: Exchange) -> None:
@@ -81,10 +79,7 @@ class Endpoint:
             self._answer(exchange, record, refused.response)
             return
         self._journal.begin(record)
-        if asked.callback_url is not None:
-            self._accept(exchange, record)
-        else:
-            self._perform(exchange, record, asked)
+        self._perform(exchange, record, asked)
 
     def release(self, number: str, step: Step) -> int:
         """Answer the account's hanging requests with `step` now; how many there were."""
@@ -126,12 +121,14 @@ class Endpoint:
         number, currency, url = asked.data.get("AccountNumber"), asked.data.get("Currency"), asked.callback_url
         if not isinstance(number, str) or not 1 <= len(number) <= ACCOUNT_NUMBER_LENGTH:
             raise self._bad(record, "P001", "AccountNumber is a string of 1 to 20 characters.")
-        if currency is not None and not (isinstance(currency, str) and CURRENCY.fullmatch(currency)):
+        if "Currency" in asked.data and not (isinstance(currency, str) and CURRENCY.fullmatch(currency)):
             raise self._bad(record, "P002", "Currency is three capital letters.")
         if record.scheme == "api-key" and asked.data.get("AccountCredential") is None:
             raise self._bad(record, "P002", "AccountCredential is required with x-api-key.")
-        if url is not None and not (isinstance(url, str) and url and len(url) <= CALLBACK_URL_LENGTH):
-            raise self._bad(record, "P002", "CallbackUrl is a string of at most 255 characters.")
+        if url is not None and not (
+            isinstance(url, str) and len(url) <= CALLBACK_URL_LENGTH and CALLBACK_URL.fullmatch(url)
+        ):
+            raise self._bad(record, "P002", "CallbackUrl is an http or https URL of at most 255 characters.")
 
     def _bad(self, record: Record, code: str, description: str) -> Refused:
         step = Step(behaviour=Behaviour.ERROR, code=code, type="DO_NOT_RETRY", description=description)
@@ -143,11 +140,6 @@ class Endpoint:
             return str(record.key_fingerprint)
         return log_on_of(record.institution, asked.data.get("AccountCredential"))
 
-    def _accept(self, exchange: Exchange, record: Record) -> None:
-        """Callback mode: the 202. The callback itself is not done yet."""
-        record.behaviour = "accepted"
-        self._answer(exchange, record, accepted(str(record.operation_id)))
-
     def _perform(self, exchange: Exchange, record: Record, asked: Asked) -> None:
         account = self._bank.account(str(record.number))
         refused = None
@@ -155,10 +147,41 @@ class Endpoint:
             refused = self._bank.log_on(account, asked.data.get("AccountCredential"))
         step, delay_s = refused or self._bank.next_step(account)
         record.behaviour = step.label
-        if step.behaviour is Behaviour.HANG:
+        if asked.callback_url is not None and step.has_body:
+            self._accept(exchange, record, account, step, delay_s, str(asked.callback_url))
+        elif step.behaviour is Behaviour.HANG:
             self._hang(exchange, record, account)
         else:
             exchange.later(delay_s, partial(self._play, exchange, record, account, step))
+
+    def _accept(
+        self, exchange: Exchange, record: Record, account: Account, step: Step, delay_s: float, url: str
+    ) -> None:
+        """Callback mode: owe the answer, and send the 202, or what the step wants instead."""
+        callback, now = step.callback, datetime.now(UTC)
+        record.operation_id = step.operation_id or record.operation_id
+        record.held = self._callbacks.rules.hold_log_on
+        owed = Owed(record, _subject(record, account), step, url)
+        react = partial(self._react, exchange, record, account, step, now)
+        if callback.timing is Timing.EARLY:
+            owed.before_accepting = partial(exchange.later, callback.accept_s, react)
+        else:
+            exchange.later(callback.accept_s, react)
+        self._callbacks.owe(owed, now, delay_s)
+
+    def _react(self, exchange: Exchange, record: Record, account: Account, step: Step, now: datetime) -> None:
+        if record.over:  # the client left while the callback went ahead
+            return
+        instead = step.callback.but
+        if instead is None:
+            record.behaviour = "accepted"
+            self._answer(exchange, record, accepted(str(record.operation_id), step.callback.life_span, now))
+            return
+        record.behaviour = instead.label
+        if instead.behaviour is Behaviour.HANG:
+            self._hang(exchange, record, account)
+        else:
+            self._play(exchange, record, account, instead)
 
     def _hang(self, exchange: Exchange, record: Record, account: Account) -> None:
         """Wait until the client leaves, or `release`."""
@@ -179,8 +202,7 @@ class Endpoint:
             self._end(record, states.DROPPED)
             return
         record.operation_id = step.operation_id or record.operation_id
-        subject = Subject(account.number, record.currency or "CLP", str(record.operation_id), account.amount)
-        response = render(step, subject)
+        response = render(step, _subject(record, account))
         if step.behaviour is Behaviour.DRIP:
             exchange.drip(response, step.interval_s, partial(self._end, record, states.ANSWERED, response.status))
         else:
@@ -208,6 +230,10 @@ def log_on_of(institution: str, credential: object) -> str:
     return fingerprint([institution, user_of(credential) or credential])
 
 
+def _subject(record: Record, account: Account) -> Subject:
+    return Subject(account.number, record.currency or "CLP", str(record.operation_id), account.amount)
+
+
 def _body(request: Request) -> Asked | None:
     """The body as far as it has Khipu's shape."""
     try:
@@ -215,7 +241,9 @@ def _body(request: Request) -> Asked | None:
     except ValueError:
         return None
     data = body.get("RequestData") if isinstance(body, dict) else None
-    return Asked(data, body.get("CallbackUrl")) if isinstance(data, dict) else None
+    # A null is no string, and yet it is there: "" is refused like it.
+    url = (body["CallbackUrl"] or "") if isinstance(body, dict) and "CallbackUrl" in body else None
+    return Asked(data, url) if isinstance(data, dict) else None
 
 
 def _note(asked: Asked | None, record: Record) -> None:

@@ -12,10 +12,12 @@ import sys
 
 from worker.sandbox import control, scenarios
 from worker.sandbox.bank import Bank
-from worker.sandbox.behaviour import parse_latency, parse_plan
+from worker.sandbox.callbacks import Callbacks
 from worker.sandbox.endpoint import Endpoint
 from worker.sandbox.http import Connection, Exchange, json_response
 from worker.sandbox.journal import HISTORY, Journal
+from worker.sandbox.notation import parse_plan
+from worker.sandbox.reading import parse_latency
 
 #: Connections that may wait to be taken: a whole test's worth at once.
 BACKLOG = 8192
@@ -34,8 +36,9 @@ class Sandbox:
         plans = {number: parse_plan(plan) for number, plan in scenarios.plans().items()}
         journal = Journal(history)
         bank = Bank(plans, scenarios.log_ons(), default)
-        self._endpoint = Endpoint(bank, journal)
-        self._control = control.Control(bank, self._endpoint, journal)
+        callbacks = Callbacks(journal)
+        self._endpoint = Endpoint(bank, journal, callbacks)
+        self._control = control.Control(bank, self._endpoint, callbacks, journal)
 
     def __call__(self, exchange: Exchange) -> None:
         """Take one request."""

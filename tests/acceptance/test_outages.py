@@ -1,0 +1,175 @@
+"""What happens around the polls: the server goes and comes back, workers are told to leave, a start is refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from machine import OK, PATIENCE_S, Account, Machine, Process, started_at
+from servers import wait_until
+
+SLOW = [f"slow-{number}" for number in range(1, 7)]
+QUICK = [f"quick-{number}" for number in range(1, 4)]
+
+
+# ---------------------------------------------------------------------------------------------- the server is away
+
+
+def test_a_server_killed_twice_takes_no_process_and_no_poll_with_it(tmp_path: Path) -> None:
+    accounts = [
+        *(Account(alias, [f"{OK}@3s"]) for alias in SLOW),
+        *(Account(alias, every="1s") for alias in QUICK),
+    ]
+    limits = {"request_deadline": "20s", "lease_margin": "10s"}
+    with Machine(tmp_path, accounts, limits=limits) as machine:
+        beat = machine.beat(traps=True)
+        worker = machine.worker(traps=True)
+        machine.until_entries(QUICK[0], 1)
+
+        in_flight = until_in_flight(machine)
+        machine.server.kill()
+        machine.server.start()
+        assert seconds_until_polled(machine) <= 5.0
+        until_settled(machine, in_flight)
+
+        in_flight = until_in_flight(machine)
+        machine.server.kill()
+        machine.sandbox.wait_for(len(in_flight), since=min(in_flight) - 1)  # the answers find no server
+        until_answered(machine, in_flight)
+        machine.server.start()
+        assert seconds_until_polled(machine) <= 5.0
+        until_settled(machine, in_flight)
+
+        for alias in (*SLOW, *QUICK):
+            machine.settle_down(alias)
+        published = [entry["operation_id"] for entry in machine.entries()]
+        assert sorted(published) == sorted(request["operation_id"] for request in machine.sandbox.requests())
+        assert worker.is_alive, worker.text()
+        assert beat.is_alive, beat.text()
+        assert kept_tags(machine) == {"delivered": 0, "dirty": 0}
+        assert {part for command in machine.written() for part in command} & {b"unacked", b"unacked_index"} == set()
+
+
+def until_in_flight(machine: Machine) -> dict[int, str]:
+    """The slow requests, as soon as all of them are in flight: number in the sandbox's records → operation."""
+    machine.kick(*SLOW)
+    numbers = {machine.number(alias) for alias in SLOW}
+
+    def found() -> dict[int, str]:
+        return {
+            request["seq"]: request["operation_id"]
+            for request in machine.sandbox.requests()
+            if request["number"] in numbers and request["state"] == "in-flight"
+        }
+
+    wait_until(lambda: len(found()) == len(SLOW), PATIENCE_S, "all slow requests in flight at once")
+    return found()
+
+
+def until_answered(machine: Machine, in_flight: dict[int, str]) -> None:
+    def answered() -> bool:
+        ended = {request["seq"] for request in machine.sandbox.requests(ended=1)}
+        return in_flight.keys() <= ended
+
+    wait_until(answered, PATIENCE_S, "the bank's answers")
+
+
+def until_settled(machine: Machine, in_flight: dict[int, str]) -> None:
+    def settled() -> bool:
+        return set(in_flight.values()) <= {entry["operation_id"] for entry in machine.entries()}
+
+    wait_until(settled, PATIENCE_S, "what was in flight, on the stream")
+
+
+def seconds_until_polled(machine: Machine) -> float:
+    """From now to the next request at the bank."""
+    start_s = time.monotonic()
+    last = max(request["seq"] for request in machine.sandbox.requests())
+    machine.sandbox.wait_for(1, since=last, ended=False)
+    return time.monotonic() - start_s
+
+
+def kept_tags(machine: Machine) -> dict[str, int]:
+    """What kombu still knows of delivered messages, as the worker tells by remote control."""
+    with Celery("test", broker=machine.server.url, set_as_current=False) as app:
+        [[tags]] = [answer.values() for answer in app.control.broadcast("tags", reply=True, limit=1, timeout=10)]
+    return dict(tags)
+
+
+# ------------------------------------------------------------------------------------------------ told to leave
+
+
+def test_a_worker_told_to_stop_finishes_what_it_can_and_names_what_it_cuts_off(tmp_path: Path) -> None:
+    """Three polls in flight: one ends within the grace period, two do not and come back after their lease."""
+    hanging = ["hanging-1", "hanging-2"]
+    accounts = [*(Account(alias, ["hang", OK]) for alias in hanging), Account("short", [f"{OK}@1s"])]
+    limits = {"request_deadline": "3s", "lease_margin": "2s"}
+    with Machine(tmp_path, accounts, limits=limits, env={"BALANCES_GRACE": "2s"}) as machine:
+        machine.beat()
+        worker = machine.worker()
+        machine.kick(*hanging, "short")
+        for alias in (*hanging, "short"):
+            machine.requests(alias, 1, ended=False)
+        start_s = time.monotonic()
+        assert worker.stop() == 0
+        took_s = time.monotonic() - start_s
+        assert 1.5 < took_s < 2.0 + 3.0
+        assert len(machine.entries("short")) == 1
+        [said] = worker.said("cut off at the end of the grace period")
+        assert said["tasks"] == sorted(f"{alias}.{machine.account(alias)['poll']}" for alias in hanging)
+        machine.worker("next")
+        for alias in hanging:
+            machine.until_entries(alias, 1)
+            first, second = machine.requests(alias)
+            assert first["state"] == "aborted"
+            assert started_at(second) - started_at(first) >= 4.5, "it was asked again before the lease was over"
+            assert machine.outcomes(alias) == ["1 LOST", "2 ok"]
+
+
+# ---------------------------------------------------------------------------------------------- a start is refused
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A server that knows two logins, and nobody running."""
+    accounts = [Account("acme-operating", login="acme"), Account("beta-trading", login="beta-trading")]
+    with Machine(tmp_path_factory.mktemp("known"), accounts, bearer=["beta-trading"]) as machine:
+        machine.beat().stop()
+        yield machine
+
+
+@pytest.mark.parametrize("missing", ["BALANCES_SECRET_ACME_ACCOUNT_CREDENTIAL", "BALANCES_SECRET_BETA_TRADING_TOKEN"])
+def test_a_worker_without_a_secret_does_not_start_and_names_it(known: Machine, missing: str) -> None:
+    ended = known.celery("worker", without=[missing])
+    assert ended.returncode == 2
+    assert missing in ended.stderr
+    assert known.store.zcard("workers") == 0
+
+
+@pytest.mark.parametrize("process", ["beat", "worker"])
+@pytest.mark.parametrize(("variable", "value"), [("BALANCES_GRACE", "soon"), ("BALANCES_GRASE", "30s")])
+def test_a_wrong_variable_stops_the_start_and_is_named(known: Machine, process: str, variable: str, value: str) -> None:
+    ended = known.celery(process, **{variable: value})
+    assert ended.returncode == 2
+    assert variable in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_beat_with_a_wrong_accounts_file_does_not_start_and_names_each_key(known: Machine, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(known.accounts_path.read_text().replace("every = ", "evry = ").replace('"6s"', '"soon"'))
+    ended = known.celery("beat", BALANCES_ACCOUNTS=str(wrong))
+    assert ended.returncode == 2
+    assert f"{wrong}:3: retry.wait" in ended.stderr or "retry.wait" in ended.stderr
+    assert "accounts[0] (acme-operating).evry" in ended.stderr
+    assert "accounts[1] (beta-trading).evry" in ended.stderr
+    assert "did you mean every?" in ended.stderr
+
+
+def test_a_worker_starts_with_all_secrets_there(known: Machine) -> None:
+    """What the refusals above are measured against."""
+    worker: Process = known.worker()
+    assert worker.stop() == 0

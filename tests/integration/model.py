@@ -1,0 +1,408 @@
+"""What the timetable must do, said a second time: plain Python from the design's rules, without a server.
+
+The place of a login is never stored here but worked out whenever it is asked for, which is what `place()` in the
+scripts has to amount to. Times are UTC milliseconds; `now_ms` is set by whoever drives the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from worker import schedule
+from worker.accounts import Accounts, Definition
+from worker.timetable import Token
+
+MARGIN_MS = 60_000
+DEADLINE_MS = 190_000
+DAY_MS = 86_400_000
+BEGUN = {"polling"}
+DEAD = {"suspended", "parked"}
+
+
+@dataclass
+class Account:
+    definition: Definition
+    state: str = "scheduled"
+    due_ms: int = 0
+    slot_ms: int = 0
+    generation: int = 1
+    is_paused: bool = False
+    poll: int = 0
+    attempt: int = 0
+    counters: tuple[int, int, int] = (0, 0, 0)
+    caller: str = ""
+    was_woken: bool | None = None  #: None: never begun
+    latest: tuple[int, int] = (0, 0)
+    amount: str = ""
+
+    @property
+    def alias(self) -> str:
+        return self.definition.alias
+
+    @property
+    def login(self) -> str:
+        return self.definition.login
+
+    @property
+    def token(self) -> Token:
+        return Token(self.login, self.alias, self.poll, self.attempt)
+
+    def is_at(self, token: Token, *states: str) -> bool:
+        return self.token == token and self.state in states
+
+    def start_over(self, due_ms: int) -> None:
+        self.state, self.due_ms, self.counters = "scheduled", due_ms, (0, 0, 0)
+
+    def wait(self, due_ms: int) -> None:
+        self.state, self.due_ms = "waiting", due_ms
+
+    def void(self) -> None:
+        """A token that nobody has begun: the account stands where it stood before the claim."""
+        if self.state == "dispatched":
+            self.state = "scheduled" if self.attempt == 1 else "waiting"
+
+
+@dataclass
+class Login:
+    holder: Token | None = None
+    until_ms: int = 0
+    is_begun: bool = False
+    refusals: int = 0
+    refused_by: str = ""
+    blocked: str = ""
+    code: str = ""
+    fingerprint: str = ""
+    is_manual: bool = False
+    is_probing: bool = False
+    probe: str = ""
+    accepted: dict[str, str] = field(default_factory=dict)
+    to_forgive: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def hold(self, token: Token, until_ms: int) -> None:
+        self.holder, self.until_ms = token, until_ms
+
+    def free(self, token: Token) -> None:
+        if self.holder == token:
+            self.holder, self.is_begun, self.refusals, self.refused_by = None, False, 0, ""
+
+
+@dataclass
+class Model:
+    now_ms: int
+    threads: int = 100
+    accounts: dict[str, Account] = field(default_factory=dict)
+    logins: dict[str, Login] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    queue: list[Token] = field(default_factory=list)
+    pins: dict[tuple[str, int], set[str]] = field(default_factory=dict)
+    operations: dict[str, str] = field(default_factory=dict)
+    events: list[tuple[str, ...]] = field(default_factory=list)
+
+    # ------------------------------------------------------------------------------------------------ what stands
+
+    def of(self, login: str) -> list[Account]:
+        """The login's accounts that are defined now."""
+        return [a for a in self.accounts.values() if a.login == login and a.state != "retired"]
+
+    def next_account(self, name: str) -> Account | None:
+        login = self.logins[name]
+        ready = [a for a in self.of(name) if a.state in {"scheduled", "waiting"} and not a.is_paused]
+        if login.is_probing:
+            tried = [account for account in ready if account.alias == login.probe]
+            ready = tried or ready
+        return min(ready, key=lambda account: (account.due_ms, account.alias), default=None)
+
+    def place(self, name: str) -> int | None:
+        """When the login's next step is, None for never: rule 1."""
+        login = self.logins[name]
+        if login.blocked:
+            return None
+        if login.holder:
+            return login.until_ms
+        account = self.next_account(name)
+        return account.due_ms if account else None
+
+    def _account(self, token: Token) -> Account | None:
+        return self.accounts.get(token.account)
+
+    def is_at(self, token: Token, *states: str) -> bool:
+        account = self._account(token)
+        return account is not None and account.is_at(token, *states)
+
+    # ------------------------------------------------------------------------------------------------ definitions
+
+    def apply(self, accounts: Accounts) -> None:
+        for definition in accounts.definitions.values():
+            self._define(definition)
+        for alias, account in self.accounts.items():
+            if alias not in accounts.definitions and account.state != "retired":
+                account.state, account.is_paused, account.latest, account.amount = "retired", False, (0, 0), ""
+
+    def _define(self, definition: Definition) -> None:
+        self.logins.setdefault(definition.login, Login())
+        slot_ms = schedule.next_slot_ms(definition, self.now_ms)
+        account = self.accounts.get(definition.alias)
+        if account is None:
+            self.accounts[definition.alias] = Account(definition, due_ms=slot_ms, slot_ms=slot_ms)
+            return
+        old, account.definition = account.definition, definition
+        if account.state != "retired" and old == definition:
+            return
+        account.slot_ms = slot_ms
+        if old.identity != definition.identity:
+            account.generation += 1
+            account.latest, account.amount = (0, 0), ""
+        if old.identity != definition.identity or account.state == "retired":
+            account.start_over(slot_ms)
+        elif account.state == "scheduled" and old.every_ms != definition.every_ms:
+            account.due_ms = slot_ms
+
+    # ------------------------------------------------------------------------------------------------ claim, begin
+
+    def claim(self) -> tuple[int, int, list[Token]]:
+        """(dispatched, sent again, lapsed), the earliest place first."""
+        room = self.threads - len(self.queue)
+        dispatched, resent, lapsed = 0, 0, []
+        places = [(place, name) for name in self.logins if (place := self.place(name)) is not None]
+        for _, name in sorted(each for each in places if each[0] <= self.now_ms):
+            login = self.logins[name]
+            if login.holder:
+                if self.is_at(login.holder, "dispatched"):
+                    if room > 0:
+                        room, resent = room - 1, resent + 1
+                        self._send(login, login.holder)
+                    continue
+                if self.is_at(login.holder, "polling"):
+                    lapsed.append(login.holder)
+                    continue
+                login.free(login.holder)
+            account = self.next_account(name)
+            if account and account.due_ms <= self.now_ms and room > 0:
+                room, dispatched = room - 1, dispatched + 1
+                if account.state == "scheduled":
+                    account.poll, account.attempt = max(account.poll + 1, self.now_ms), 1
+                else:
+                    account.attempt += 1
+                account.state = "dispatched"
+                if login.is_probing:
+                    login.probe = account.alias
+                self._send(login, account.token)
+        return dispatched, resent, lapsed
+
+    def _send(self, login: Login, token: Token) -> None:
+        login.hold(token, self.now_ms + MARGIN_MS)
+        self.queue.append(token)
+
+    def begin(self, token: Token, caller: str, bank: str, key: str) -> str:
+        login, account = self.logins[token.login], self._account(token)
+        if account is None or not account.is_at(token, "dispatched"):
+            if account and account.is_at(token, *BEGUN) and account.caller == caller and not login.blocked:
+                return "begun"
+            if not login.is_begun:
+                login.free(token)
+            return "stale"
+        if {key, bank} & self.failed:
+            if login.refused_by != caller:
+                login.refusals, login.refused_by = login.refusals + 1, caller
+                login.until_ms = self.now_ms + MARGIN_MS
+            return f"refused {'key' if key in self.failed else 'bank'} {login.refusals}"
+        account.state, account.caller, account.was_woken = "polling", caller, False
+        login.accepted = {"bank": bank, "key": key}
+        login.is_begun, login.refusals, login.refused_by = True, 0, ""
+        login.until_ms = self.now_ms + DEADLINE_MS + MARGIN_MS
+        return "begun"
+
+    # ------------------------------------------------------------------------------------------------ a poll's end
+
+    def settle(
+        self,
+        token: Token,
+        generation: int,
+        definition: Definition,
+        operation: str,
+        ids: tuple[str, ...],
+        amount: str,
+        fetched_at_ms: int,
+    ) -> str:
+        account, pins = self._account(token), self.pins.setdefault((token.account, generation), set())
+        assert account is not None
+        is_others = self.operations.get(operation, token.account) != token.account
+        if is_others or (pins and not pins.issuperset(ids)):
+            return "foreign"
+        is_defined = account.state != "retired" and account.generation == generation
+        is_current = is_defined and account.is_at(token, *BEGUN)
+        result = "repeated"
+        if operation not in self.operations:
+            self.operations[operation] = token.account
+            pins.update(ids)
+            is_newer = is_defined and (token.poll, token.attempt) > account.latest
+            is_changed = is_newer and account.amount != amount
+            if is_newer:
+                account.latest, account.amount = (token.poll, token.attempt), amount
+            self.events.append(("balance", operation, token.account, str(not is_current), str(is_changed)))
+            result = "published" if is_current else "late"
+        if is_current:
+            next_ms = schedule.next_slot_ms(definition, fetched_at_ms)
+            account.start_over(next_ms if definition == account.definition else account.slot_ms)
+            self.logins[token.login].is_probing = False
+        self._end(token)
+        return result
+
+    def _end(self, token: Token) -> None:
+        if not self.is_at(token, "dispatched"):
+            self.logins[token.login].free(token)
+
+    def postpone(self, token: Token, countdown_ms: int, counters: tuple[int, int, int]) -> str:
+        account = self._account(token)
+        if account and account.is_at(token, "waiting"):
+            return f"postponed {account.due_ms}"
+        result = "stale"
+        if account and account.is_at(token, *BEGUN):
+            account.wait(self.now_ms + countdown_ms)
+            account.counters = counters
+            result = f"postponed {account.due_ms}"
+        self._end(token)
+        return result
+
+    def suspend(self, token: Token, state: str, short_ms: int) -> str:
+        account, result = self._account(token), "stale"
+        if account and account.is_at(token, state):
+            result = state
+        elif account and state == "parked" and account.was_woken and account.is_at(token, "waiting", *BEGUN):
+            result = self._wait_shortly(account, short_ms)
+        elif account and account.is_at(token, *BEGUN):
+            account.state = result = state
+            self.events.append(("suspended", token.account, state))
+        self._end(token)
+        return result
+
+    def _wait_shortly(self, account: Account, short_ms: int) -> str:
+        if account.state != "waiting":
+            account.wait(self.now_ms + short_ms)
+        return f"postponed {account.due_ms}"
+
+    def block(self, token: Token, kind: str, fingerprint: str, code: str, short_ms: int, *, refused: bool) -> str:
+        login, account = self.logins[token.login], self._account(token)
+        accepted = login.accepted.get(kind)
+        is_replaced = bool(fingerprint and accepted is not None and accepted != fingerprint and not refused)
+        if fingerprint:
+            self.failed.add(fingerprint)
+            if kind == "bank" and not refused:
+                login.failures[fingerprint] = self.now_ms
+        if not is_replaced:
+            self._block(login, token, kind, fingerprint, code)
+            result = "blocked"
+        elif account and account.is_at(token, "waiting", *BEGUN):
+            result = self._wait_shortly(account, short_ms)
+        else:
+            result = "stale"
+        recent = [at for at in login.failures.values() if at >= self.now_ms - DAY_MS]
+        if kind == "bank" and login.blocked == "bank" and (not fingerprint or len(recent) >= 2):
+            login.is_manual = True
+        self._end(token)
+        return result
+
+    def _block(self, login: Login, token: Token, kind: str, fingerprint: str, code: str) -> None:
+        account = self._account(token)
+        if account and account.is_at(token, *BEGUN):
+            account.start_over(self.now_ms)
+        if fingerprint:
+            login.to_forgive[kind] = fingerprint
+        was_blocked = login.blocked
+        if not was_blocked or (was_blocked, kind) == ("key", "bank"):
+            login.blocked, login.fingerprint, login.code = kind, fingerprint, code
+            login.is_probing, login.probe = False, ""
+        if not was_blocked:
+            if login.holder and (holding := self._account(login.holder)) and holding.login == token.login:
+                holding.void()
+            self._tell(token.login, "suspended", "blocked")
+
+    def _tell(self, login: str, what: str, why: str) -> None:
+        self.events += [(what, account.alias, why) for account in self.of(login) if account.state not in DEAD]
+
+    # ------------------------------------------------------------------------------------------------ operators
+
+    def _refusal(self, alias: str, *allowed: str) -> str | None:
+        state = self.accounts[alias].state if alias in self.accounts else "unknown"
+        return None if state in allowed else state
+
+    def poll(self, alias: str) -> str | None:
+        if refusal := self._refusal(alias, "scheduled"):
+            return refusal
+        account = self.accounts[alias]
+        if account.is_paused or self.logins[account.login].blocked:
+            return "paused" if account.is_paused else "blocked"
+        account.due_ms = self.now_ms
+        return None
+
+    def pause(self, alias: str) -> str | None:
+        refusal = self._refusal(alias, "scheduled", "dispatched", "polling", "waiting", *DEAD)
+        if refusal is None and not self.accounts[alias].is_paused:
+            self.accounts[alias].void()
+            self.accounts[alias].is_paused = True
+        return refusal
+
+    def resume(self, alias: str) -> str | None:
+        if alias in self.accounts and self.accounts[alias].is_paused:
+            self.accounts[alias].is_paused = False
+            return None
+        return self._refusal(alias)
+
+    def redrive(self, alias: str) -> str | None:
+        refusal = self._refusal(alias, "suspended")
+        if refusal is None:
+            self._bring_back(self.accounts[alias], self.now_ms, "redrive")
+        return refusal
+
+    def _bring_back(self, account: Account, due_ms: int, by: str) -> None:
+        account.start_over(due_ms)
+        if not self.logins[account.login].blocked:
+            self.events.append(("resumed", account.alias, by))
+
+    def discard(self, alias: str) -> str | None:
+        refusal = self._refusal(alias, *DEAD)
+        if refusal is None:
+            self.accounts[alias].start_over(self.now_ms)
+            self.accounts[alias].is_paused = True
+        return refusal
+
+    def release(self, aliases: list[str], institution: str, login: str, spread_ms: int) -> list[str]:
+        released: list[str] = []
+        for alias in aliases or sorted(self.accounts):
+            account = self.accounts.get(alias)
+            if account is None or (aliases and account.state == "retired"):
+                continue
+            if institution not in {"", account.definition.institution} or login not in {"", account.login}:
+                continue
+            account.was_woken = None if account.was_woken is None else True
+            if account.state == "parked":
+                self._bring_back(account, self.now_ms + len(released) * spread_ms, "release")
+                released.append(alias)
+        return released
+
+    def unblock(self, name: str, by: str, fingerprint: str) -> str | None:
+        login = self.logins[name]
+        if refusal := self._why_blocked(login, by, fingerprint):
+            return refusal
+        if by == "operator":
+            for failed in login.to_forgive.values():
+                self.failed.discard(failed)
+                login.failures.pop(failed, None)
+        else:
+            login.accepted[by] = fingerprint
+        login.blocked, login.fingerprint, login.is_manual, login.to_forgive = "", "", False, {}
+        login.is_probing = True
+        self._tell(name, "resumed", "unblock" if by == "operator" else "new credential")
+        return None
+
+    def _why_blocked(self, login: Login, by: str, fingerprint: str) -> str | None:
+        if not login.blocked:
+            return "not blocked"
+        if by == "operator":
+            return None
+        if login.is_manual:
+            return "only an operator may unblock"
+        if by != login.blocked:
+            return "the other credential failed"
+        return "it failed" if fingerprint in self.failed | {"", login.fingerprint} else None

@@ -1,0 +1,509 @@
+"""Every promise of the scripts has a test that can fail: plant the fault, and see the named test go red.
+
+The state machine has to find the same faults by itself. Four of them here, all of them with `BALANCES_TEST_LONG=1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import redis
+import test_timetable as rules
+from planted_faults import Patch, patched
+from servers import ValkeyServer
+from test_machine import IS_LONG, profile, run
+from world import World
+
+from worker.policy import Credential
+
+Check = Callable[[World], object]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What somebody might have written, and the test that tells. `found`: the state machine finds it, too."""
+
+    name: str
+    script: str
+    old: str
+    new: str
+    check: Check
+    found: bool = True
+
+    @property
+    def patch(self) -> Patch:
+        return Patch(self.script, self.old, self.new)
+
+
+FAULTS = [
+    # ------------------------------------------------------------------------------------------------------ apply
+    Fault(
+        "apply begins a waiting account anew",
+        "apply",
+        "if is_new or is_other then\n",
+        "if is_new or is_other or a.state == 'waiting' then\n",
+        partial(rules.test_nothing_shortens_a_wait, event="another interval"),
+    ),
+    Fault(
+        "apply frees the place of what it removes",
+        "apply",
+        "local function take_off(alias, login)\n",
+        "local function take_off(alias, login)\n  redis.call('HDEL', 'login:' .. login, 'holder', 'until', 'begun')\n",
+        partial(
+            rules.test_what_happens_to_an_account_in_flight_does_not_free_its_place, change="removed", is_begun=True
+        ),
+    ),
+    Fault(
+        "apply keeps the pins of another identity",
+        "apply",
+        "d.identity == a.identity and a.generation or whole((a.generation or 0) + 1)",
+        "a.generation or '1'",
+        partial(
+            rules.test_an_older_generations_answer_is_checked_against_its_own_pins_and_published_late,
+            change="another number",
+        ),
+    ),
+    Fault(
+        "apply leaves the letter of what it removes",
+        "apply",
+        "  remove_letter(alias)\n",
+        "",
+        rules.test_retiring_takes_the_letter_and_what_would_be_polled,
+    ),
+    Fault(
+        "apply does not look whether it was overtaken",
+        "apply",
+        "if at ~= serial then",
+        "if false then",
+        rules.test_an_apply_that_was_overtaken_compares_again,
+        found=False,
+    ),
+    Fault(
+        "apply forgets the numbers of polls",
+        "apply",
+        "redis.call('HSETNX', 'account:' .. alias, 'poll', 0)",
+        "redis.call('HSET', 'account:' .. alias, 'poll', 0)",
+        rules.test_a_re_added_account_keeps_generation_and_pins_and_goes_on_counting_polls,
+    ),
+    # ------------------------------------------------------------------------------------------------------ claim
+    Fault(
+        "claim without the room",
+        "claim",
+        "  elseif room > 0 then\n    dispatch(",
+        "  else\n    dispatch(",
+        rules.test_never_more_messages_than_threads_of_live_workers,
+    ),
+    Fault(
+        "claim sends again without the room",
+        "claim",
+        "    if room > 0 then\n      push(",
+        "    if true then\n      push(",
+        rules.test_what_is_sent_again_takes_room_too,
+    ),
+    Fault(
+        "claim does not take the account out of those that are due",
+        "claim",
+        "  redis.call('ZREM', 'due:' .. login, alias)\n",
+        "",
+        partial(
+            rules.test_what_happens_to_an_account_in_flight_does_not_free_its_place, change="paused", is_begun=True
+        ),
+    ),
+    Fault(
+        "claim counts a message sent again as a loss",
+        "claim",
+        "      resent = resent + 1\n",
+        "      resent = resent + 1\n      redis.call('HINCRBY', 'account:' .. alias, 'losses', 1)\n",
+        rules.test_a_lost_message_is_sent_again_under_its_token_and_is_no_loss,
+    ),
+    Fault(
+        "claim sends a lost message as a new attempt",
+        "claim",
+        "      hold(login, held)\n      resent",
+        "      redis.call('HINCRBY', 'account:' .. alias, 'attempt', 1)\n"
+        "      hold(login, token(alias, poll, attempt + 1))\n      resent",
+        rules.test_a_lost_message_is_sent_again_under_its_token_and_is_no_loss,
+    ),
+    Fault(
+        "claim frees the place of a lapsed poll before anybody has decided",
+        "claim",
+        "    return_lapsed(login, alias, a)\n    return false\n",
+        "    return_lapsed(login, alias, a)\n    free(login, held)\n    return true\n",
+        rules.test_a_lapsed_poll_is_returned_until_a_decision_is_applied,
+    ),
+    Fault(
+        "claim numbers polls by the clock alone",
+        "claim",
+        "whole(math.max(account.poll + 1, now))",
+        "whole(now)",
+        rules.test_poll_numbers_increase_whatever_the_clock_does,
+    ),
+    Fault(
+        "claim does not look at the due time",
+        "claim",
+        "if not alias or tonumber(due) > now then return end",
+        "if not alias then return end",
+        rules.test_the_next_account_of_a_lapsed_place_waits_for_its_time,
+    ),
+    # ------------------------------------------------------------------------------------------------------ begin
+    Fault(
+        "begin without the token",
+        "begin",
+        "if not is_dispatched(a, login, poll, attempt) then\n",
+        "if not a.state then\n",
+        rules.test_of_two_copies_one_is_begun_and_the_other_changes_nothing,
+    ),
+    Fault(
+        "begin takes a credential that failed",
+        "begin",
+        "or redis.call('HEXISTS', 'failed', offered) == 1 then",
+        "then",
+        rules.test_a_failed_credential_is_refused_for_every_login_that_uses_it,
+    ),
+    Fault(
+        "begin frees the place of a poll that another copy has begun",
+        "begin",
+        "  if not l.begun then free(login, held) end\n",
+        "  if not is_begun(a, login, poll, attempt) then free(login, held) end\n",
+        partial(rules.test_a_second_copy_of_a_begun_message_does_not_free_the_place, change="re-added"),
+    ),
+    Fault(
+        "begin counts a repeated call as another refusal",
+        "begin",
+        "  if l.refused_by == caller then",
+        "  if false then",
+        rules.test_a_repeated_call_counts_one_refusal,
+    ),
+    Fault(
+        "begin answers a repeated call although the login is blocked",
+        "begin",
+        "a.caller == caller and not l.blocked then",
+        "a.caller == caller then",
+        rules.test_a_caller_that_asks_again_after_a_block_gets_nothing,
+    ),
+    # ----------------------------------------------------------------------------------------------------- settle
+    Fault(
+        "settle without the dedupe key",
+        "settle",
+        "alias, 'NX', 'PX', whole(keep_ms)",
+        "alias, 'PX', whole(keep_ms)",
+        rules.test_an_operation_is_published_once_and_another_poll_that_brings_it_again_goes_on,
+    ),
+    Fault(
+        "settle forgets an operation before the stream does",
+        "settle",
+        "local keep_ms = config_ms('retention_ms') + DAY_MS",
+        "local keep_ms = DAY_MS",
+        rules.test_an_operation_is_remembered_a_day_longer_than_the_stream_remembers_it,
+        found=False,
+    ),
+    Fault(
+        "settle without the pins",
+        "settle",
+        "    if redis.call('SISMEMBER', pins, ARGV[i]) == 0 then return true end\n",
+        "",
+        rules.test_an_answer_without_balances_pins_nothing,
+    ),
+    Fault(
+        "settle takes another account's operation",
+        "settle",
+        "  if owner and owner ~= alias then return true end\n",
+        "",
+        rules.test_another_accounts_operation_is_a_bad_answer,
+    ),
+    Fault(
+        "settle moves latest backwards",
+        "settle",
+        "return p > q or (p == q and tonumber(attempt) > tonumber(a.latest_attempt or 0))",
+        "return true",
+        partial(
+            rules.test_an_older_answer_is_published_and_moves_neither_latest_nor_changed,
+            answers=[(0, 1, "11"), (1, 1, "10")],
+            events=[(False, True), (True, False)],
+            latest="11",
+        ),
+    ),
+    Fault(
+        "settle throws a late answer away",
+        "settle",
+        "  publish(stream, operation, source, 'balance.observed.v1', alias, fetched_at, text)\n",
+        "  if current then publish(stream, operation, source, 'balance.observed.v1', alias, fetched_at, text) end\n",
+        rules.test_an_answer_after_the_decision_on_its_lapse_is_published_late_and_the_retry_goes_on,
+    ),
+    Fault(
+        "settle takes an older generation for the current one",
+        "settle",
+        "local defined = a.state ~= 'retired' and a.generation == generation",
+        "local defined = a.state ~= 'retired'",
+        partial(rules.test_an_older_generations_answer_moves_nothing_even_where_it_is_the_first, change="redefined"),
+    ),
+    # --------------------------------------------------------------------------------------------------- postpone
+    Fault(
+        "postpone takes a stale token",
+        "postpone",
+        "local postponed = is_begun(a, login, poll, attempt)",
+        "local postponed = a.login == login",
+        rules.test_a_decision_on_a_lapse_comes_too_late_for_the_next_attempt,
+    ),
+    Fault(
+        "postpone begins the wait anew when it is repeated",
+        "postpone",
+        "local postponed = is_begun(a, login, poll, attempt)\n",
+        "local postponed = is_own(a, login, poll, attempt)\na.state = nil\n",
+        rules.test_two_beats_that_judge_the_same_lapse_are_one,
+    ),
+    # ---------------------------------------------------------------------------------------------------- suspend
+    Fault(
+        "suspend in two steps: the state first, the letter never",
+        "suspend",
+        "  explain(key, nil)\n",
+        "",
+        rules.test_two_beats_that_bury_the_same_poll_write_one_letter,
+    ),
+    Fault(
+        "suspend in two steps: the letter first, the state never",
+        "suspend",
+        "redis.call('HSET', key, 'state', mode, 'queue', queue,",
+        "redis.call('HSET', key, 'queue', queue,",
+        rules.test_two_beats_that_bury_the_same_poll_write_one_letter,
+    ),
+    Fault(
+        "suspend parks over a release that came meanwhile",
+        "suspend",
+        "if mode == 'parked' and own and a.releases and was_released_since() then return wait_shortly() end",
+        "",
+        partial(
+            rules.test_a_release_while_the_poll_that_will_park_is_in_flight_becomes_a_short_wait,
+            scope={"login": "acme"},
+            is_woken=True,
+            jump_ms=0,
+        ),
+    ),
+    Fault(
+        "block leaves a dispatched token valid",
+        "suspend",
+        "    void_holder()\n",
+        "",
+        rules.test_a_log_on_error_blocks_whatever_its_token_says,
+    ),
+    Fault(
+        "block asks for a current token",
+        "suspend",
+        "was_replaced_since() and wait_shortly()",
+        "(was_replaced_since() or not begun) and wait_shortly()",
+        rules.test_a_log_on_error_blocks_whatever_its_token_says,
+    ),
+    Fault(
+        "block does not ask whether the credential was replaced",
+        "suspend",
+        "was_replaced_since() and wait_shortly()",
+        "false and wait_shortly()",
+        rules.test_a_credential_replaced_since_blocks_nothing_and_is_remembered,
+    ),
+    Fault(
+        "block does not remember what failed",
+        "suspend",
+        "  redis.call('HSET', 'failed', fingerprint, kind)\n",
+        "",
+        rules.test_a_failed_credential_is_refused_for_every_login_that_uses_it,
+    ),
+    Fault(
+        "block for the log-on does not outweigh one for the key",
+        "suspend",
+        " or (l.blocked == 'key' and kind == 'bank') then",
+        " then",
+        rules.test_a_block_for_the_key_becomes_one_for_the_log_on_and_a_new_key_does_not_lift_it,
+    ),
+    # --------------------------------------------------------------------------------------------------- operators
+    Fault(
+        "release without the stamp",
+        "release",
+        "  redis.call('SET', 'released:' .. scope, number, 'EX', STAMP_S)\n",
+        "",
+        partial(
+            rules.test_a_release_while_the_poll_that_will_park_is_in_flight_becomes_a_short_wait,
+            scope={"aliases": ["a"]},
+            is_woken=True,
+            jump_ms=0,
+        ),
+    ),
+    Fault(
+        "release lets everybody go at once",
+        "release",
+        "now + #released * spread_ms",
+        "now",
+        rules.test_released_accounts_come_back_one_after_the_other,
+    ),
+    Fault(
+        "redrive and release leave the letter",
+        "shared",
+        "  remove_letter(alias)\n  start_over(",
+        "  start_over(",
+        rules.test_released_accounts_come_back_one_after_the_other,
+    ),
+    Fault(
+        "redrive takes a parked account",
+        "redrive",
+        "if a.state ~= 'suspended' then",
+        "if not NEEDS_LETTER[a.state] then",
+        lambda world: _stays_parked(world),
+    ),
+    Fault(
+        "discard does not pause",
+        "discard",
+        "redis.call('HSET', key, 'paused', whole(now))\n",
+        "",
+        rules.test_a_discarded_letter_pauses_the_account,
+    ),
+    Fault(
+        "unblock does not forgive",
+        "unblock",
+        "if by == 'operator' then forgive() else",
+        "if by ~= 'operator' then",
+        rules.test_an_operators_unblock_forgives_what_failed,
+    ),
+    Fault(
+        "unblock takes a new key for a failed log-on",
+        "unblock",
+        "  if by ~= l.blocked then return 'the other credential failed' end\n",
+        "",
+        partial(
+            rules.test_only_a_different_credential_of_the_kind_that_failed_unblocks,
+            failed=Credential.BANK,
+            fingerprint="bank-1",
+            offered=Credential.KEY,
+            new="key-2",
+            answer="the other credential failed",
+        ),
+    ),
+    Fault(
+        "unblock leaves nothing to an operator alone",
+        "unblock",
+        "  if l.manual then return 'only an operator may unblock' end\n",
+        "",
+        rules.test_after_two_failed_log_ons_in_a_day_only_an_operator_unblocks,
+    ),
+    Fault(
+        "unblock lets everybody go at once",
+        "unblock",
+        "redis.call('HSET', key, 'probing', 1)\n",
+        "",
+        rules.test_one_account_probes_and_the_others_wait_for_its_retry,
+    ),
+    Fault(
+        "pause leaves a token valid",
+        "pause",
+        "  void(alias, a.login)\n",
+        "",
+        rules.test_pausing_voids_a_token_that_has_not_begun,
+    ),
+    Fault(
+        "resume shortens a wait",
+        "resume",
+        "step(alias, a.login, a.state, tonumber(a.due))",
+        "step(alias, a.login, a.state, now)",
+        partial(rules.test_nothing_shortens_a_wait, event="resume"),
+    ),
+    Fault(
+        "poll shortens a wait",
+        "poll",
+        "if a.state ~= 'scheduled' then",
+        "if a.state ~= 'scheduled' and a.state ~= 'waiting' then",
+        partial(rules.test_nothing_shortens_a_wait, event="poll"),
+    ),
+    # ----------------------------------------------------------------------------------------------------- shared
+    Fault(
+        "place does not respect the holder",
+        "shared",
+        "  elseif l.holder then\n",
+        "  elseif false then\n",
+        rules.test_a_held_place_is_until_and_nothing_of_the_login_goes_out_before,
+    ),
+    Fault(
+        "place does not respect a block",
+        "shared",
+        "  if l.blocked then\n",
+        "  if false then\n",
+        rules.test_a_blocked_login_has_no_place_even_while_a_poll_is_under_way,
+    ),
+    Fault(
+        "place does not respect the probe",
+        "shared",
+        "  if probing then return next_probe(login, probe) end\n",
+        "",
+        rules.test_one_account_probes_and_the_others_wait_for_its_retry,
+    ),
+    Fault(
+        "free does not look who holds the place",
+        "shared",
+        "  if redis.call('HGET', 'login:' .. login, 'holder') == held then\n",
+        "  if held then\n",
+        rules.test_an_answer_after_the_decision_on_its_lapse_is_published_late_and_the_retry_goes_on,
+    ),
+    Fault(
+        "the stream is trimmed by count",
+        "shared",
+        "'MINID', '~', whole(real_now() - config_ms('retention_ms'))",
+        "'MAXLEN', '~', 1000",
+        rules.test_the_stream_is_trimmed_by_age_and_never_by_count,
+        found=False,
+    ),
+]
+
+#: Told at once by the machine, so that the normal run shows that it can fail.
+QUICKLY_FOUND = {
+    "begin without the token",
+    "claim without the room",
+    "suspend in two steps: the state first, the letter never",
+    "place does not respect the holder",
+}
+
+
+def _stays_parked(world: World) -> None:
+    rules.two(world)
+    world.park(world.start("a").token)
+    assert world.timetable.redrive("a") == "parked"
+
+
+def name_of(check: Check) -> str:
+    function = check.func if isinstance(check, partial) else check
+    return function.__name__
+
+
+def arguments_of(check: Check, store: redis.Redis, server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What pytest would hand the test as fixtures."""
+    function = check.func if isinstance(check, partial) else check
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    fixtures = {"world": World(store), "valkey_server": server, "monkeypatch": monkeypatch}
+    return {name: fixtures[name] for name in names if name in fixtures}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_is_caught_by_its_test(
+    store: redis.Redis, valkey_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    fault.check(**arguments_of(fault.check, store, valkey_server, monkeypatch))
+    store.flushall()
+    with patched(fault.patch), pytest.raises(AssertionError):
+        fault.check(**arguments_of(fault.check, store, valkey_server, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [fault for fault in FAULTS if fault.found and (IS_LONG or fault.name in QUICKLY_FOUND)],
+    ids=lambda fault: fault.name,
+)
+def test_a_planted_fault_is_found_by_the_machine(store: redis.Redis, fault: Fault) -> None:
+    with pytest.raises((AssertionError, redis.ResponseError)):
+        run(store, profile(600, 40, shrink=False), fault.patch)
+
+
+def test_every_script_has_a_planted_fault() -> None:
+    assert {path.stem for path in rules.LUA.glob("*.lua")} == {fault.script for fault in FAULTS}
+
+
+def test_the_machine_is_quiet_without_a_fault(store: redis.Redis) -> None:
+    run(store, profile(5, 20, shrink=False))
