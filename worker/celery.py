@@ -28,7 +28,7 @@ from worker.khipu import KhipuClient
 from worker.settings import Settings, load_settings
 from worker.timetable import ANSWERS, POLLS, Timetable, connect
 
-POLL_TASK = "balances.poll"
+POLL_TASK, SETTLE_TASK = "balances.poll", "balances.settle"
 
 #: Numbers that stand in a template for a number to come; nothing else in a message has nineteen digits.
 _NUMBERS = {"poll": 7777777777777777771, "attempt": 7777777777777777772, "retries": 7777777777777777773}
@@ -50,7 +50,13 @@ def wiring() -> Wiring:
     """This process's wiring, made when it is first asked for."""
     settings = load_settings()
     client = connect(settings.store_url())
-    timetable = Timetable(client, stream=settings.stream, message=poll_template(), letter=letter_template())
+    timetable = Timetable(
+        client,
+        stream=settings.stream,
+        message=poll_template(),
+        letter=letter_template(),
+        settling=settling_template(),
+    )
     credentials = CredentialStore(os.environ, settings.secrets_dir)
     return Wiring(settings, timetable, KhipuClient(settings.khipu_url), credentials, timetable.salt())
 
@@ -118,22 +124,26 @@ app.add_defaults(configuration)
 def poll_template() -> str:
     """The message of a poll as kombu's Redis transport would push it, with placeholders `@login@`, `@account@`,
     `@poll@`, `@attempt@`, `@retries@`."""
-    return _with_placeholders(json.dumps(_as_pushed()))
+    return _with_placeholders(json.dumps(_as_pushed(POLL_TASK, "@account@.@poll@", POLLS)))
+
+
+def settling_template() -> str:
+    """The message that asks for a callback's answer to be settled, under the id `<alias>.<poll>.answer`."""
+    return _with_placeholders(json.dumps(_as_pushed(SETTLE_TASK, "@account@.@poll@.answer", ANSWERS)))
 
 
 def letter_template() -> str:
     """A dead letter: a poll's message addressed to `@queue@`, with the reason, JSON, in the header `reason`."""
-    message = _as_pushed()
+    message = _as_pushed(POLL_TASK, "@account@.@poll@", "@queue@")
     message["headers"]["reason"] = "@reason@"
-    message["properties"]["delivery_info"]["routing_key"] = "@queue@"
     return _with_placeholders(json.dumps(message)).replace('"@reason@"', "@reason@")
 
 
-def _as_pushed() -> dict[str, Any]:
-    """What Celery hands to kombu for this poll, and kombu's virtual transport to its queue."""
+def _as_pushed(task: str, task_id: str, queue_name: str) -> dict[str, Any]:
+    """What Celery hands to kombu for this task, and kombu's virtual transport to its queue."""
     kwargs = {"login": "@login@", "account": "@account@", "poll": _NUMBERS["poll"], "attempt": _NUMBERS["attempt"]}
     task_message = Celery("template", set_as_current=False).amqp.as_task_v2(
-        "@account@.@poll@", POLL_TASK, (), kwargs, retries=_NUMBERS["retries"], ignore_result=True, origin="timetable"
+        task_id, task, (), kwargs, retries=_NUMBERS["retries"], ignore_result=True, origin="timetable"
     )
     with Connection("memory://") as connection:
         channel: Any = connection.channel()
@@ -149,7 +159,7 @@ def _as_pushed() -> dict[str, Any]:
         )
         message: dict[str, Any] = channel._get(queue.name)
     del message["properties"]["body_encoding"]
-    message["properties"]["delivery_info"]["routing_key"] = POLLS
+    message["properties"]["delivery_info"]["routing_key"] = queue_name
     message["properties"]["delivery_tag"] = "@account@.@poll@.@attempt@"
     return message
 

@@ -109,7 +109,7 @@ class KhipuClient:
         try:
             request = self._request(definition, credentials, callback_url)
             reply = self._exchange(request, attempt)
-            return _read(reply, _secrets(definition, credentials, callback_url), callback_url is not None)
+            return _read(reply, never_shown(definition, credentials, callback_url), callback_url is not None)
         except KhipuFailure as failure:
             failure.sent = attempt.sent
             if failure.outcome.kind is not Kind.ANSWERED:
@@ -201,9 +201,13 @@ def _body(definition: Definition, credentials: Credentials, callback_url: str | 
     return json.dumps(envelope, separators=(",", ":")).encode()
 
 
-def _secrets(definition: Definition, credentials: Credentials, callback_url: str | None) -> tuple[str, ...]:
-    """Every text of the request that must not come back out in a description."""
-    texts = [definition.number, credentials.key.get_secret_value(), *_texts(credentials.account_credential)]
+def never_shown(
+    definition: Definition, credentials: Credentials | None, callback_url: str | None = None
+) -> tuple[str, ...]:
+    """Every text of a request that must not come back out in a description."""
+    texts = [definition.number]
+    if credentials is not None:
+        texts += [credentials.key.get_secret_value(), *_texts(credentials.account_credential)]
     if callback_url is not None:
         texts += [callback_url, callback_url.rpartition("/")[2]]
     return tuple(text for text in texts if len(text) >= SHORTEST_SECRET)
@@ -275,10 +279,15 @@ def _read(reply: _Reply, hide: Sequence[str], callback_wanted: bool) -> Answer |
         return read_answer(reply.body or b"", content_type, hide=hide)
     if reply.status != HTTPStatus.ACCEPTED:
         raise KhipuFailure(_refusal(reply, hide))
-    accepted = read_accepted(reply.body or b"", content_type, hide=hide)
     if not callback_wanted:
         _fail(Kind.UNREADABLE, "HTTP 202 to a request without a callback")
-    return accepted
+    try:
+        return read_accepted(reply.body or b"", content_type, hide=hide)
+    except KhipuFailure as failure:
+        if failure.outcome.kind is not Kind.UNREADABLE:
+            raise
+        # Whatever its body says: a 202 means that Khipu is at work, and must not be asked again meanwhile.
+        return Accepted(operation_id="", drift=("body",))
 
 
 def _refusal(reply: _Reply, hide: Sequence[str]) -> Outcome:

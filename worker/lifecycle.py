@@ -18,6 +18,7 @@ from worker.celery import Wiring, exiting_on_mistakes, wiring
 from worker.credentials import Credentials, Fingerprints, fingerprints
 from worker.errors import ConfigurationError, MissingSecret, StoreUnavailable
 from worker.policy import Credential
+from worker.timetable import POLLS
 
 log = structlog.get_logger()
 
@@ -103,6 +104,8 @@ def _on_start(**_: object) -> None:
 
 @signals.worker_ready.connect
 def _on_ready(sender: Any, **_: object) -> None:
+    if POLLS not in sender.app.amqp.queues.consume_from:
+        return  # its threads are no room for polls
     presence = Presence(wiring(), f"{sender.hostname}:{os.getpid()}", sender.controller.concurrency)
     presence.start()
     _presence.append(presence)

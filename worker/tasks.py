@@ -1,8 +1,10 @@
 """Poll one account: begin, ask Khipu, decide, apply. Every step is a call to the module that owns it.
 
     message ─▶ begin ─▶ ask ─▶ decide ─┬▶ settle                      SUCCESS
-                 │                     ├▶ postpone                    RETRY, with the countdown
-               stale: ignored          └▶ suspend, park, block        FAILURE, `DeadLettered`
+                 │       │             ├▶ postpone                    RETRY, with the countdown
+                 │       │             └▶ suspend, park, block        FAILURE, `DeadLettered`
+               stale:    └▶ 202: accept; the callback's answer is decided on by `settle_answer`, the same way
+               ignored
 
 No rule and no number lives here. A task carries a token and returns nothing; what it raises shows in Flower, and is a
 code and a type, never a balance, an account number or a secret.
@@ -11,10 +13,13 @@ code and a type, never a balance, an account number or a secret.
 from __future__ import annotations
 
 import random
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from typing import NoReturn, TypeVar
 from uuid import uuid4
 
@@ -26,8 +31,8 @@ from celery.worker.request import Request
 
 from worker import logs
 from worker.accounts import Scheme
-from worker.balances import Accepted, Answer, check_currency
-from worker.celery import POLL_TASK, Wiring, app, wiring
+from worker.balances import Accepted, Answer, check_currency, read_answer
+from worker.celery import POLL_TASK, SETTLE_TASK, Wiring, app, wiring
 from worker.credentials import Credentials, Fingerprints, fingerprints
 from worker.errors import (
     ConfigurationError,
@@ -40,6 +45,7 @@ from worker.errors import (
     StoreUnavailable,
     Waiting,
 )
+from worker.khipu import never_shown
 from worker.policy import Block, Credential, DeadLetter, Publish, Retry, decide, is_contract_drift
 from worker.settings import format_duration
 from worker.stream import observed
@@ -52,6 +58,7 @@ from worker.timetable import (
     Postponed,
     Suspension,
     Token,
+    Unsettled,
     source_of,
 )
 
@@ -59,6 +66,8 @@ log = structlog.get_logger()
 
 #: Refusals in a row after which no host seems to hold another credential (design, §2: "the third refusal blocks").
 MAX_REFUSALS = 3
+#: How long a settling waits for a server that is away; after that its message is pushed again.
+SETTLE_PATIENCE_S = 60
 #: Pause between two tries to tell the timetable how a poll ended, while the server is away.
 PATIENCE_S = 0.5
 
@@ -117,13 +126,15 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt of a poll, from its beginning to its decision."""
+    """One attempt of a poll, from its beginning to its decision; `is_answer`, from its callback to its decision."""
 
     wiring: Wiring
     begun: Begun
     lease: Lease
-    credentials: Credentials
     fingerprints: Fingerprints
+    credentials: Credentials | None = None
+    callback_url: str | None = None
+    is_answer: bool = False
 
     @property
     def token(self) -> Token:
@@ -133,10 +144,24 @@ class Attempt:
 @app.task(name=POLL_TASK, base=PollTask)
 def poll(login: str, account: str, poll: int, attempt: int) -> None:
     """Polls one account once, and leaves it with its next step in the timetable."""
-    token = Token(login, account, poll, attempt)
-    with structlog.contextvars.bound_contextvars(task=token.task_id, login=login, account=account, attempt=attempt):
+    with fence(Token(login, account, poll, attempt)) as token:
+        run(wiring(), token)
+
+
+@app.task(name=SETTLE_TASK, base=PollTask)
+def settle_answer(login: str, account: str, poll: int, attempt: int) -> None:
+    """Settles the answers that callbacks brought for one attempt."""
+    with fence(Token(login, account, poll, attempt)) as token:
+        run_settling(wiring(), token)
+
+
+@contextmanager
+def fence(token: Token) -> Iterator[Token]:
+    """Binds the log to the task, and lets nothing out but what Flower may show."""
+    bound = {"task": token.task_id, "login": token.login, "account": token.account, "attempt": token.attempt}
+    with structlog.contextvars.bound_contextvars(**bound):
         try:
-            run(wiring(), token)
+            yield token
         except (Ignore, CeleryRetry, DeadLettered):
             raise
         except Exception as error:
@@ -147,10 +172,13 @@ def poll(login: str, account: str, poll: int, attempt: int) -> None:
 
 
 def run(wiring: Wiring, token: Token) -> None:
-    """begin → ask → conclude."""
+    """begin → ask → conclude, or accept where the answer comes by callback."""
     attempt = begin(wiring, token)
-    outcome, answer = ask(attempt)
-    conclude(attempt, outcome, answer)
+    asked = ask(attempt)
+    if isinstance(asked, Accepted):
+        accept(attempt, asked)
+    elif (end := conclude(attempt, *asked)) is not None:
+        raise end
 
 
 # ----------------------------------------------------------------------------------------------------------- begin
@@ -171,13 +199,16 @@ class Offer:
 def begin(wiring: Wiring, token: Token) -> Attempt:
     """Takes the token, with the credentials that this worker would send; a stale token ends here, ignored."""
     caller = uuid4().hex
+    callback = new_callback(wiring)
     while True:
         scheme = _schemes.get(token.login, "api-key")
         offer = make_offer(wiring, token.login, scheme)
         prints = offer.fingerprints
         # Not before the offer: a new worker's first fingerprints wait for each other, and that is no time of the lease.
         lease_started_s = time.monotonic()
-        begun = wiring.timetable.begin(token, caller=caller, scheme=scheme, bank=prints.bank, key=prints.key)
+        begun = wiring.timetable.begin(
+            token, caller=caller, scheme=scheme, bank=prints.bank, key=prints.key, callback=callback.digest
+        )
         match begun:
             case OtherScheme():
                 _schemes[token.login] = begun.scheme
@@ -189,7 +220,25 @@ def begin(wiring: Wiring, token: Token) -> Attempt:
             case Begun():
                 assert offer.credentials is not None, "begin takes no missing credential"  # noqa: S101
                 lease = Lease(lease_started_s, lease_started_s + begun.lease_ms / 1000)
-                return Attempt(wiring, begun, lease, offer.credentials, prints)
+                url = callback.url if begun.definition.mode == "callback" else None
+                return Attempt(wiring, begun, lease, prints, offer.credentials, url)
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """Where one attempt's answer is to be sent; the URL is a secret, Redis knows its digest only."""
+
+    url: str | None
+    digest: str
+
+
+def new_callback(wiring: Wiring) -> Callback:
+    """A fresh token of 256 bits, where a webhook is configured."""
+    base = wiring.settings.callback_url
+    if base is None:
+        return Callback(None, "")
+    secret = secrets.token_urlsafe(32)
+    return Callback(f"{base.rstrip('/')}/callbacks/{secret}", sha256(secret.encode()).hexdigest())
 
 
 def make_offer(wiring: Wiring, login: str, scheme: Scheme) -> Offer:
@@ -217,17 +266,74 @@ def refuse(wiring: Wiring, token: Token, refused: CredentialRefused, offer: Offe
 # ------------------------------------------------------------------------------------------------------------- ask
 
 
-def ask(attempt: Attempt) -> tuple[Outcome, Answer | None]:
+def ask(attempt: Attempt) -> tuple[Outcome, Answer | None] | Accepted:
     """Asks Khipu once, unless too little of the lease is left: a worker that was frozen must not send any more."""
     deadline_s = attempt.begun.limits.request_deadline.total_seconds()
     if attempt.lease.left_s < deadline_s:
         log.warning("not sent: the lease is too short", left_s=round(attempt.lease.left_s, 1))
         raise Ignore()
-    definition = attempt.begun.definition
+    definition, credentials, url = attempt.begun.definition, attempt.credentials, attempt.callback_url
+    assert credentials is not None, "begin takes no missing credential"  # noqa: S101
     try:
-        answer = attempt.wiring.khipu.fetch(definition, attempt.credentials, deadline_s=deadline_s)
-        if isinstance(answer, Accepted):
-            return UNEXPECTED_ACCEPTANCE, None
+        answer = attempt.wiring.khipu.fetch(definition, credentials, deadline_s=deadline_s, callback_url=url)
+        if isinstance(answer, Answer):
+            check_currency(answer, definition.currency)
+            return Outcome(Kind.OK, code="ok"), answer
+    except KhipuFailure as failure:
+        return ambiguous(failure) if url and is_ambiguous(failure) else (failure.outcome, None)
+    return answer if url else (UNEXPECTED_ACCEPTANCE, None)
+
+
+def is_ambiguous(failure: KhipuFailure) -> bool:
+    """Whether Khipu may well be at work although the request failed: then it must not be asked again before."""
+    return failure.sent and failure.outcome.kind in {Kind.TIMEOUT, Kind.CONNECTION, Kind.SERVER_ERROR}
+
+
+def ambiguous(failure: KhipuFailure) -> Accepted:
+    """The failure taken for a 202 without `LifeSpan`."""
+    log.warning("may have been accepted", code=failure.outcome.code, description=failure.outcome.description)
+    return Accepted(operation_id="")
+
+
+def accept(attempt: Attempt, accepted: Accepted) -> None:
+    """Leaves the poll to its callback."""
+    deadline_ms = patiently(attempt.lease, lambda: attempt.wiring.timetable.accept(attempt.begun, accepted.life_span))
+    log.info(
+        "accepted",
+        operation=accepted.operation_id,
+        awaited_s=None if deadline_ms is None else round((deadline_ms - attempt.begun.now_ms) / 1000),
+        drift=list(accepted.drift),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- an answer
+
+
+def run_settling(wiring: Wiring, token: Token) -> None:
+    """Decides on a callback's body as on an answer to a request, then lets go of it.
+
+    One body a message: each was announced by a message of its own. A repeated message finds nothing.
+    """
+    unsettled = wiring.timetable.unsettled(token)
+    if unsettled is None:
+        raise Ignore()
+    now_s = time.monotonic()
+    lease = Lease(now_s, now_s + SETTLE_PATIENCE_S)
+    prints = Fingerprints(bank=unsettled.bank, key=unsettled.key)
+    attempt = Attempt(wiring, unsettled.begun, lease, prints, is_answer=True)
+    name, body = next(iter(unsettled.bodies.items()))
+    end = conclude(attempt, *read_callback(wiring, unsettled, body))
+    wiring.timetable.forget_answer(token, [name])
+    if end is not None:
+        raise end
+
+
+def read_callback(wiring: Wiring, unsettled: Unsettled, body: bytes) -> tuple[Outcome, Answer | None]:
+    """The body as an answer, or how it failed."""
+    definition = unsettled.begun.definition
+    credentials = make_offer(wiring, definition.login, definition.scheme).credentials
+    try:
+        answer = read_answer(body, unsettled.content_type, hide=never_shown(definition, credentials))
         check_currency(answer, definition.currency)
     except KhipuFailure as failure:
         return failure.outcome, None
@@ -237,14 +343,15 @@ def ask(attempt: Attempt) -> tuple[Outcome, Answer | None]:
 # ------------------------------------------------------------------------------------------------- decide and apply
 
 
-def conclude(attempt: Attempt, outcome: Outcome, answer: Answer | None) -> None:
-    """Decides what follows and applies it; raises what Flower shows of it."""
+def conclude(attempt: Attempt, outcome: Outcome, answer: Answer | None) -> Exception | None:
+    """Decides what follows and applies it; returns what the task is to raise, so that Flower shows it."""
     begun = attempt.begun
     decision = decide(outcome, begun.counters, random.random(), begun.retry)  # noqa: S311 - jitter, no secret
     if not isinstance(decision, Publish):
-        fail(attempt, outcome, decision)
-    elif answer is None or not settle(attempt, answer):
-        conclude(attempt, FOREIGN_ANSWER, None)
+        return fail(attempt, outcome, decision)
+    if answer is None or not settle(attempt, answer):
+        return conclude(attempt, FOREIGN_ANSWER, None)
+    return None
 
 
 def settle(attempt: Attempt, answer: Answer) -> bool:
@@ -273,12 +380,14 @@ def settle(attempt: Attempt, answer: Answer) -> bool:
     return True
 
 
-def fail(attempt: Attempt, outcome: Outcome, decision: Retry | DeadLetter | Block) -> NoReturn:
-    """Applies a decision that brings no balance, and raises what Flower shows of it."""
+def fail(attempt: Attempt, outcome: Outcome, decision: Retry | DeadLetter | Block) -> Exception:
+    """Applies a decision that brings no balance, and returns what Flower shows of it."""
     timetable, token, begun, prints = attempt.wiring.timetable, attempt.token, attempt.begun, attempt.fingerprints
     applied = patiently(
         attempt.lease,
-        lambda: timetable.conclude(token, outcome, decision, begun.retry, bank=prints.bank, key=prints.key),
+        lambda: timetable.conclude(
+            token, outcome, decision, begun.retry, bank=prints.bank, key=prints.key, is_answer=attempt.is_answer
+        ),
     )
     log.log(
         logs.LEVELS[type(decision)],
@@ -291,24 +400,24 @@ def fail(attempt: Attempt, outcome: Outcome, decision: Retry | DeadLetter | Bloc
         applied=applied if isinstance(applied, str) else type(applied).__name__,
         duration_s=attempt.lease.used_ms / 1000,
     )
-    show(outcome, applied, begun.now_ms + attempt.lease.used_ms)
+    return shown(outcome, applied, begun.now_ms + attempt.lease.used_ms)
 
 
-def show(outcome: Outcome, applied: Postponed | Suspension | None, now_ms: int) -> NoReturn:
+def shown(outcome: Outcome, applied: Postponed | Suspension | None, now_ms: int) -> Exception:
     """Flower's RETRY, FAILURE, or nothing for a stale token."""
     what = f"{outcome.code} {outcome.type}" if outcome.type else outcome.code
     match applied:
         case None:
-            raise Ignore()
+            return Ignore()
         case Postponed():
             countdown_s = max(0, round((applied.due_ms - now_ms) / 1000))
             # Raised by hand it marks the row and sends nothing: beat sends the next attempt, under the same id.
             waiting = Waiting(f"{what}: again in {spoken(countdown_s)}")
-            raise ShownRetry(exc=waiting, when=countdown_s)  # type: ignore[arg-type]
+            return ShownRetry(exc=waiting, when=countdown_s)  # type: ignore[arg-type]
         case "blocked":
-            raise DeadLettered(f"{what} (login blocked)")
+            return DeadLettered(f"{what} (login blocked)")
         case _:
-            raise DeadLettered(what)
+            return DeadLettered(what)
 
 
 def spoken(seconds: int) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache, partial
 from hashlib import sha256
 from importlib import resources
@@ -45,6 +46,10 @@ ANSWERS = "balances.answers"
 CLAIM_BATCH = 500
 #: Accounts that one call of `apply` defines, for the same reason.
 APPLY_BATCH = 200
+#: How long a stored answer waits before its settling is pushed again.
+SETTLE_AGAIN_MS = 60_000
+#: How long the server may take to write what it has taken in to its append-only file.
+CONFIRM_MS = 3_000
 #: What a worker offers to begin with in place of a credential that it does not have.
 MISSING = "missing"
 #: The server's refusals that pass by themselves, or by an operator's hand, without anything being wrong here.
@@ -146,6 +151,28 @@ class Event:
     fetched_at_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What became of a callback's body; `task_id` is None for a token that nobody knows."""
+
+    result: Literal["stored", "repeated", "full", "unknown"]
+    task_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """The answers that callbacks brought for one token: hash → body, and the poll as it was begun.
+
+    `bank` and `key` are the fingerprints of what was sent.
+    """
+
+    begun: Begun
+    content_type: str
+    bank: str
+    key: str
+    bodies: Mapping[str, bytes]
+
+
 Suspension = Literal["suspended", "parked", "blocked"]
 
 
@@ -156,6 +183,7 @@ def connect(url: str, *, connections: int = 16) -> redis.Redis:
     """
     options: dict[str, Any] = {
         "decode_responses": True,
+        "encoding_errors": "surrogateescape",  # a callback's body is bytes, whatever it says of itself
         "socket_timeout": 5,
         "socket_connect_timeout": 2,
         "retry": ConnectionRetry(ExponentialBackoff(cap=0.5, base=0.05), 2),
@@ -190,28 +218,31 @@ def script_text(name: str) -> str:
 class Timetable:
     """Every change and every reading of the timetable, over one client.
 
-    `message` and `letter` are the templates of a poll's Celery message and of a dead letter (`worker.celery` makes
-    them); only beat and workers push, so only they need them.
+    `message`, `settling` and `letter` are the templates of the Celery messages of a poll, of the settling of its
+    answer, and of a dead letter (`worker.celery` makes them); only who pushes needs them.
     """
 
-    def __init__(self, client: redis.Redis, *, stream: str, message: str = "", letter: str = "") -> None:
-        self._client = client
+    def __init__(
+        self, client: redis.Redis, *, stream: str, message: str = "", letter: str = "", settling: str = ""
+    ) -> None:
+        self.client = client
         self._stream = stream
         self._message = message
         self._letter = letter
+        self._settling = settling
         self._scripts: dict[str, Callable[..., Any]] = {}
 
     def _run(self, script: str, *args: str | int) -> Any:
         call = self._scripts.get(script)
         if call is None:
-            call = self._scripts[script] = self._client.register_script(script_text(script))
+            call = self._scripts[script] = self.client.register_script(script_text(script))
         return _guard(lambda: call(args=args))
 
     # ------------------------------------------------------------------------------------------------ beat
 
     def claim(self, most: int = CLAIM_BATCH) -> Claim:
         """Dispatches what is due, as far as the queue has room; returns what lapsed, for a decision."""
-        dispatched, resent, wait_ms, lapsed = self._run("claim", most, self._message)
+        dispatched, resent, wait_ms, lapsed = self._run("claim", most, self._message, self._settling, SETTLE_AGAIN_MS)
         return Claim(dispatched, resent, None if wait_ms < 0 else wait_ms, tuple(map(_read_lapse, lapsed)))
 
     def apply(self, accounts: Accounts, *, force: bool = False) -> int:
@@ -257,7 +288,7 @@ class Timetable:
 
     def revisions(self) -> dict[str, str]:
         """Every account defined now: alias → revision."""
-        return cast(dict[str, str], _guard(lambda: self._client.hgetall("revisions")))
+        return cast(dict[str, str], _guard(lambda: self.client.hgetall("revisions")))
 
     def current_content(self) -> str | None:
         """Digest of the accounts file in force."""
@@ -265,7 +296,7 @@ class Timetable:
 
     def knows_content(self, digest: str) -> bool:
         """Whether this accounts file was ever in force."""
-        return _guard(lambda: self._client.zscore("contents", digest)) is not None
+        return _guard(lambda: self.client.zscore("contents", digest)) is not None
 
     def retry(self) -> Retry:
         """The `[retry]` table in force."""
@@ -274,13 +305,14 @@ class Timetable:
     # ---------------------------------------------------------------------------------------------- worker
 
     def begin(
-        self, token: Token, *, caller: str, scheme: Scheme, bank: str, key: str
+        self, token: Token, *, caller: str, scheme: Scheme, bank: str, key: str, callback: str = ""
     ) -> Begun | OtherScheme | CredentialRefused | None:
         """Begins the poll, once per token; the same caller may repeat. None: the token is stale.
 
-        `bank` and `key` are fingerprints of what this worker would send ('' for none, or `MISSING`).
+        `bank` and `key` are fingerprints of what this worker would send ('' for none, or `MISSING`); `callback` is the
+        digest of the token that it would be called back with.
         """
-        result = self._run("begin", *token.args, caller, scheme, bank, key)
+        result = self._run("begin", *token.args, caller, scheme, bank, key, callback)
         match result[0]:
             case "begun":
                 return _read_begun(token, result)
@@ -290,6 +322,28 @@ class Timetable:
                 return CredentialRefused(Credential(result[1]), int(result[2]))
             case _:
                 return None
+
+    def accept(self, begun: Begun, life_span: datetime | None) -> int | None:
+        """Leaves the poll to its callback; returns its deadline (ms), or None for a stale token."""
+        limits = begun.limits
+        promised = "" if life_span is None else round(life_span.timestamp() * 1000)
+        bounds = (limits.life_span_ms, limits.callback_grace_ms, limits.login_hold_ms)
+        result = self._run("accept", *begun.token.args, promised, *bounds)
+        return int(result[1]) if result[0] == "awaiting" else None
+
+    def unsettled(self, token: Token) -> Unsettled | None:
+        """The answers that wait for this token's settling, None when there are none."""
+        key = _answer_key(token)
+        pipeline = self.client.pipeline(transaction=False)
+        pipeline.hgetall(key)
+        pipeline.hmget(f"account:{token.account}", "tries", "waits", "losses", "last_outcome")
+        pipeline.hmget("config", "retry", "limits")
+        answer, counters, config = _guard(pipeline.execute)
+        return _read_unsettled(token, answer, counters, config) if answer else None
+
+    def forget_answer(self, token: Token, hashes: Iterable[str]) -> None:
+        """Lets go of bodies that were settled; the rest, which came meanwhile, is settled by another message."""
+        self._run("forget", *token.args, *hashes)
 
     def settle(self, begun: Begun, event: Event) -> Settled | None:
         """Publishes the answer, once per operation, whatever its token says. None: it is another account's."""
@@ -311,10 +365,12 @@ class Timetable:
         )
         return None if result[0] == "foreign" else Settled(result[0], result[1] == "true")
 
-    def postpone(self, token: Token, countdown_ms: int, counters: Counters, code: str) -> Postponed | None:
+    def postpone(
+        self, token: Token, countdown_ms: int, counters: Counters, code: str, *, is_answer: bool = False
+    ) -> Postponed | None:
         """Lets the account wait. None: the token is stale, nothing changed."""
         tried = (counters.tries, counters.waits, counters.losses)
-        return _read_postponed(self._run("postpone", *token.args, countdown_ms, *tried, code))
+        return _read_postponed(self._run("postpone", *token.args, countdown_ms, *tried, code, _by(is_answer)))
 
     def conclude(
         self,
@@ -325,23 +381,26 @@ class Timetable:
         *,
         bank: str = "",
         key: str = "",
+        is_answer: bool = False,
     ) -> Postponed | Suspension | None:
         """Applies what the policy decided of a failed attempt. None: the token is stale, nothing changed.
 
-        `bank` and `key` are fingerprints of what was sent.
+        `bank` and `key` are fingerprints of what was sent. `is_answer`: it is a callback's answer that failed; once
+        one is there, nothing else decides.
         """
         match decision:
             case policy.Retry(countdown, counters):
-                return self.postpone(token, to_ms(countdown), counters, outcome.code)
+                return self.postpone(token, to_ms(countdown), counters, outcome.code, is_answer=is_answer)
             case policy.DeadLetter(queue):
-                return self.suspend(token, queue, outcome, short_ms=to_ms(retry.immediately[0]))
+                short_ms = to_ms(retry.immediately[0])
+                return self.suspend(token, queue, outcome, short_ms=short_ms, is_answer=is_answer)
             case policy.Block(credential):
                 failed = bank if credential is Credential.BANK else key
                 return self.block(token, credential, failed, outcome, short_ms=to_ms(retry.immediately[0]))
         assert_never(decision)
 
     def suspend(
-        self, token: Token, queue: DeadLetterQueue, outcome: Outcome, *, short_ms: int = 0
+        self, token: Token, queue: DeadLetterQueue, outcome: Outcome, *, short_ms: int = 0, is_answer: bool = False
     ) -> Postponed | Suspension | None:
         """Suspends the account, or parks it in the queue of those that await a notification, with its letter.
 
@@ -349,7 +408,7 @@ class Timetable:
         stale token.
         """
         state: Suspension = "parked" if queue is DeadLetterQueue.AFTER_NOTIFICATION else "suspended"
-        return self._suspend(state, token, queue, outcome, short_ms, "", "", "")
+        return self._suspend(state, token, queue, outcome, short_ms, "", "", "", _by(is_answer))
 
     def block(
         self,
@@ -380,6 +439,7 @@ class Timetable:
         credential: str,
         fingerprint: str,
         how: str,
+        by: str = "",
     ) -> Postponed | Suspension | None:
         reason = {"code": outcome.code, "type": outcome.type or "", "description": outcome.description}
         # The letter is filled by the script, which knows the token; its queue and reason are placeholders as well.
@@ -396,27 +456,52 @@ class Timetable:
             credential,
             fingerprint,
             how,
+            by,
         )
         return cast(Suspension, result[0]) if result[0] == state else _read_postponed(result)
 
     def register_worker(self, name: str, threads: int, ttl_s: int) -> None:
         """Says that this worker is alive for `ttl_s` more seconds and how many polls it can run at once."""
-        seconds, micros = _guard(self._client.time)
+        seconds, micros = _guard(self.client.time)
         until_ms = (seconds + ttl_s) * 1000 + micros // 1000
         member = f"{name} {threads}"
-        _guard(lambda: self._client.zadd("workers", {member: until_ms}))
-        _guard(lambda: self._client.zremrangebyscore("workers", "-inf", until_ms - ttl_s * 1000))
+        _guard(lambda: self.client.zadd("workers", {member: until_ms}))
+        _guard(lambda: self.client.zremrangebyscore("workers", "-inf", until_ms - ttl_s * 1000))
 
     def forget_worker(self, name: str, threads: int) -> None:
         """Takes the worker's threads out of the queue's room."""
-        _guard(lambda: self._client.zrem("workers", f"{name} {threads}"))
+        _guard(lambda: self.client.zrem("workers", f"{name} {threads}"))
 
     def salt(self) -> bytes:
         """The one salt of all credential fingerprints, made by whoever asks first."""
         import secrets
 
-        _guard(lambda: self._client.set("salt", secrets.token_hex(16), nx=True))
-        return bytes.fromhex(cast(str, _guard(lambda: self._client.get("salt"))))
+        _guard(lambda: self.client.set("salt", secrets.token_hex(16), nx=True))
+        return bytes.fromhex(cast(str, _guard(lambda: self.client.get("salt"))))
+
+    # --------------------------------------------------------------------------------------------- webhook
+
+    def knows_callback(self, digest: str) -> bool:
+        """Whether a poll waits, or waited not long ago, for a callback with this token's digest."""
+        return bool(_guard(partial(self.client.exists, f"callback:{digest}")))
+
+    def receive(self, bodies: Sequence[tuple[str, bytes, str]], *, is_durable: bool) -> list[Received]:
+        """Stores callbacks (digest, body, content type), and returns when the append-only file has them.
+
+        Raises `StoreUnavailable` where it may not: then the sender must come again. Without `is_durable` the server
+        keeps no such file, and nothing is waited for.
+        """
+        pipeline = self.client.pipeline(transaction=False)
+        script = self.client.register_script(script_text("receive"))
+        for digest, body, content_type in bodies:
+            args = (digest, sha256(body).hexdigest(), body, content_type, self._settling, SETTLE_AGAIN_MS)
+            script(args=args, client=pipeline)
+        if is_durable:
+            pipeline.execute_command("WAITAOF", 1, 0, CONFIRM_MS)  # type: ignore[no-untyped-call]
+        results = _guard(pipeline.execute)
+        if is_durable and results.pop()[0] < 1:
+            raise StoreUnavailable("Redis: not confirmed by the append-only file")
+        return [_read_received(result) for result in results]
 
     # -------------------------------------------------------------------------------------------- operator
 
@@ -458,7 +543,7 @@ class Timetable:
 
     def now_ms(self) -> int:
         """The one clock: the server's, moved by tests only."""
-        pipeline = self._client.pipeline(transaction=False)
+        pipeline = self.client.pipeline(transaction=False)
         pipeline.time()
         pipeline.get("clock:offset")
         (seconds, micros), offset = _guard(pipeline.execute)
@@ -466,7 +551,7 @@ class Timetable:
 
     def is_clock_moved(self) -> bool:
         """Whether a test moves the clock, which nothing in production may do."""
-        return bool(_guard(lambda: self._client.exists("clock:offset")))
+        return bool(_guard(lambda: self.client.exists("clock:offset")))
 
     def accounts(self, aliases: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
         """Every defined account (or those named), sorted, with the fields of its hash; an unknown one has none."""
@@ -475,30 +560,30 @@ class Timetable:
 
     def logins(self) -> dict[str, dict[str, str]]:
         """Every login with the fields of its hash."""
-        names = sorted(cast(set[str], _guard(lambda: self._client.smembers("logins"))))
+        names = sorted(cast(set[str], _guard(lambda: self.client.smembers("logins"))))
         return dict(zip(names, self._hashes([f"login:{name}" for name in names]), strict=True))
 
     def letters(self) -> Iterator[tuple[DeadLetterQueue, dict[str, Any]]]:
         """Every dead letter, oldest first in its queue, as the Celery message that it is."""
         for queue in DeadLetterQueue:
-            texts = cast(list[str], _guard(partial(self._client.lrange, queue, 0, -1)))
+            texts = cast(list[str], _guard(partial(self.client.lrange, queue, 0, -1)))
             for text in reversed(texts):
                 yield queue, json.loads(text)
 
     def history(self, alias: str) -> list[str]:
         """The account's last attempts, newest first: "ended (ms) poll attempt duration (ms) outcome"."""
-        return cast(list[str], _guard(partial(self._client.lrange, f"history:{alias}", 0, -1)))
+        return cast(list[str], _guard(partial(self.client.lrange, f"history:{alias}", 0, -1)))
 
     def latest(self) -> dict[str, str]:
         """Every account's newest balance: alias → the event's data, JSON as on the stream."""
-        return cast(dict[str, str], _guard(lambda: self._client.hgetall("latest")))
+        return cast(dict[str, str], _guard(lambda: self.client.hgetall("latest")))
 
     def _config(self, *names: str) -> dict[str, str | None]:
-        values = cast(list[str | None], _guard(lambda: self._client.hmget("config", names)))
+        values = cast(list[str | None], _guard(lambda: self.client.hmget("config", names)))
         return dict(zip(names, values, strict=True))
 
     def _hashes(self, keys: Sequence[str]) -> list[dict[str, str]]:
-        pipeline = self._client.pipeline(transaction=False)
+        pipeline = self.client.pipeline(transaction=False)
         for key in keys:
             pipeline.hgetall(key)
         return cast(list[dict[str, str]], _guard(pipeline.execute))
@@ -589,6 +674,42 @@ def _read_retry(text: str) -> Retry:
 @lru_cache(maxsize=4)
 def _read_limits(text: str) -> Limits:
     return Limits.model_validate_json(text)
+
+
+def _by(is_answer: bool) -> str:
+    return "answer" if is_answer else ""
+
+
+def _answer_key(token: Token) -> str:
+    return f"answer:{token.account} {token.poll} {token.attempt}"
+
+
+def _read_unsettled(
+    token: Token, answer: dict[str, str], counters: Sequence[str | None], config: Sequence[str | None]
+) -> Unsettled:
+    tries, waits, losses, last = counters
+    retry, limits = config
+    begun = Begun(
+        token=token,
+        now_ms=int(answer["received_at"]),
+        lease_ms=0,
+        generation=int(answer["generation"]),
+        definition=Definition.model_validate_json(answer["definition"]),
+        retry=_read_retry(retry or "{}"),
+        limits=_read_limits(limits or "{}"),
+        counters=Counters(int(tries or 0), int(waits or 0), int(losses or 0), token.attempt, last or ""),
+    )
+    bodies = {
+        name.removeprefix("body:"): text.encode("utf-8", "surrogateescape")
+        for name, text in answer.items()
+        if name.startswith("body:")
+    }
+    return Unsettled(begun, answer["content_type"], answer["bank"], answer["key"], bodies)
+
+
+def _read_received(row: Sequence[str]) -> Received:
+    task_id = f"{row[1]}.{row[2]}" if len(row) > 1 else None
+    return Received(cast(Literal["stored", "repeated", "full", "unknown"], row[0]), task_id)
 
 
 def _read_postponed(row: Sequence[str]) -> Postponed | None:

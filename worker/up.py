@@ -117,7 +117,10 @@ class Machine:
         return commands
 
     def _ports(self) -> dict[str, int]:
-        ports = {"BALANCES_FLOWER_PORT": self.settings.flower_port}
+        ports = {
+            "BALANCES_FLOWER_PORT": self.settings.flower_port,
+            "BALANCES_WEBHOOK_PORT": self.settings.webhook_port,
+        }
         if self.settings.is_sandbox:
             ports["BALANCES_SANDBOX_PORT"] = self.settings.sandbox_port
         return ports

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 import redis
-from world import MINUTE_MS, World, read
+from world import MINUTE_MS, World
+from world import read as read_accounts
 
+from worker.accounts import Accounts
+from worker.celery import settling_template
 from worker.policy import Credential
 from worker.timetable import Begun, CredentialRefused, Postponed, Timetable
+
+
+def read(*aliases: str, **changes: str) -> Accounts:
+    """Accounts in callback mode: they go through every state that there is."""
+    return read_accounts(*aliases, more='mode = "callback"', **changes)
+
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "states.md"
 
@@ -40,6 +49,11 @@ def polling(world: World) -> None:
 def waiting(world: World) -> None:
     polling(world)
     assert world.postpone(world.token("a"))
+
+
+def awaiting(world: World) -> None:
+    polling(world)
+    assert world.timetable.accept(world.known("a"), None)
 
 
 def suspended(world: World) -> None:
@@ -81,17 +95,20 @@ ROWS: dict[str, Callable[[World], None]] = {
     "scheduled": scheduled,
     "dispatched": dispatched,
     "polling": polling,
+    "awaiting": awaiting,
     "waiting": waiting,
     "suspended": suspended,
     "parked": parked,
     "retired": retired,
     "paused scheduled": paused(scheduled),
     "paused polling": paused(polling),
+    "paused awaiting": paused(awaiting),
     "paused waiting": paused(waiting),
     "paused suspended": paused(suspended),
     "paused parked": paused(parked),
     "blocked scheduled": blocked(scheduled),
     "blocked polling": blocked(polling),
+    "blocked awaiting": blocked(awaiting),
     "blocked waiting": blocked(waiting),
     "blocked suspended": blocked(suspended),
     "blocked parked": blocked(parked),
@@ -138,6 +155,25 @@ def settle_foreign(world: World) -> str:
     """An answer with another AccountId than the one first seen."""
     world.client.sadd("pins:a:1", "another")
     return settle(world)
+
+
+def accept(world: World) -> str:
+    """A 202, without LifeSpan."""
+    return "stale" if world.timetable.accept(world.known("a"), None) is None else "awaiting"
+
+
+def receive(world: World) -> str:
+    """A callback for the account's last token."""
+    callback = (world.callback(world.token("a")), b"{}", "application/json")
+    world.timetable._settling = settling_template()
+    return world.timetable.receive([callback], is_durable=False)[0].result
+
+
+def receive_and_claim(world: World) -> str:
+    """A callback, and then an hour in which nobody settles it."""
+    receive(world)
+    world.pass_time(60 * MINUTE_MS)
+    return "lapsed" if "a" in [lapse.token.account for lapse in world.claim().lapsed] else "-"
 
 
 def applied(result: object) -> str:
@@ -197,6 +233,9 @@ EVENTS: dict[str, Callable[[World], str]] = {
     "settle": settle,
     "settle, older token": settle_stale,
     "settle, foreign": settle_foreign,
+    "accept": accept,
+    "receive": receive,
+    "receive, claim": receive_and_claim,
     "postpone": postpone,
     "suspend": suspend,
     "park": park,

@@ -66,7 +66,8 @@ def accounts_file(*aliases: str, login: str = "acme", every: str = "15m", number
 
 
 def read(*aliases: str, **kwargs: str) -> Accounts:
-    return parse_accounts(accounts_file(*aliases, **kwargs), "accounts.toml", callback_configured=False)
+    is_callback = "callback" in kwargs.get("more", "")
+    return parse_accounts(accounts_file(*aliases, **kwargs), "accounts.toml", callback_configured=is_callback)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,13 @@ class World:
         return Begun(self.token(alias), now_ms, LEASE_MS, generation, definition, Retry(), Limits(), Counters())
 
     def begin(self, token: Token, caller: str = "caller") -> Begun | CredentialRefused | OtherScheme | None:
-        return self.timetable.begin(token, caller=caller, scheme="api-key", bank=self.bank, key=self.key)
+        return self.timetable.begin(
+            token, caller=caller, scheme="api-key", bank=self.bank, key=self.key, callback=self.callback(token)
+        )
+
+    def callback(self, token: Token) -> str:
+        """The digest of the token that this attempt would be called back with, in callback mode."""
+        return f"digest of {token.account} {token.poll} {token.attempt}"
 
     def start(self, alias: str) -> Begun:
         """Claim and begin the account's poll, at once."""
@@ -273,6 +280,7 @@ class Everything:
     """What Redis holds of the timetable, read in one go."""
 
     timetable: dict[str, float]
+    answers: dict[str, float]
     revisions: dict[str, str]
     parked: set[str]
     failed: dict[str, str]
@@ -286,7 +294,8 @@ class Everything:
     @classmethod
     def read(cls, client: redis.Redis) -> Everything:
         pipeline = client.pipeline()
-        pipeline.zrange("timetable", 0, -1, withscores=True)
+        for key in ("timetable", "answers"):
+            pipeline.zrange(key, 0, -1, withscores=True)
         for key in ("revisions", "failed"):
             pipeline.hgetall(key)
         for key in ("logins", "parked"):
@@ -294,7 +303,7 @@ class Everything:
         for key in ("balances.polls", *DeadLetterQueue):
             pipeline.lrange(key, 0, -1)
         pipeline.xrange(STREAM)
-        timetable, revisions, failed, logins, parked, polls, *letters, events = pipeline.execute()
+        timetable, answers, revisions, failed, logins, parked, polls, *letters, events = pipeline.execute()
         names, aliases = sorted(logins), sorted(revisions)
         for name in names:
             pipeline.hgetall(f"login:{name}")
@@ -305,6 +314,7 @@ class Everything:
         of_logins, accounts = found[: 2 * len(names)], found[2 * len(names) :]
         return cls(
             timetable=dict(timetable),
+            answers=dict(answers),
             revisions=revisions,
             parked=parked,
             failed=failed,
@@ -337,12 +347,17 @@ class Everything:
         state, login, due = account["state"], self.logins[account["login"]], self.due[account["login"]]
         holder = login.get("holder", "").split()
         is_holding = holder == [alias, account["poll"], account["attempt"]]
-        assert (alias in due) == (state in {"scheduled", "waiting"} and "paused" not in account), (alias, account)
+        is_planned = state in {"scheduled", "waiting"} or (
+            state == "awaiting" and not is_holding and "answered" not in account
+        )
+        assert (alias in due) == (is_planned and "paused" not in account), (alias, account)
         if alias in due:
             assert account["due"] == f"{due[alias]:.0f}"
-        if state in {"dispatched", "polling"}:
+        if state in {"dispatched", "polling"} and "answered" not in account:
             assert is_holding, (alias, account, holder)
             assert ("begun" in login) == (state == "polling"), (alias, account, login)
+        if state == "awaiting" and "answered" in account:
+            assert f"{alias} {account['poll']} {account['attempt']}" in self.answers
         if state == "dispatched":
             assert "paused" not in account, (alias, account)
             assert "blocked" not in login, (alias, login)

@@ -3,6 +3,7 @@
 -- ARGV  1 login  2 alias  3 poll  4 attempt  5 caller (one delivery of the message; may repeat its call)
 --       6 scheme that its credentials were chosen for
 --       7 fingerprint of its bank credential  8 fingerprint of its key or token ('' for none, "missing" for one it lacks)
+--       9 digest of the callback token it would send ('' where it cannot be called back)
 -- Returns { "begun", now, lease_ms, generation, definition, retry, limits, tries, waits, losses, last_outcome }
 --      or { "refused", kind, times }: that credential already failed; still dispatched, sent again later
 --      or { "scheme", scheme }: the login's scheme is another one; nothing was begun
@@ -19,6 +20,15 @@ local function begun()
   local c = fields('config', 'retry', 'limits')
   return { 'begun', whole(now), whole(redis.call('HGET', login_key, 'until') - now), a.generation,
     a.definition, c.retry, c.limits, a.tries, a.waits, a.losses, a.last_outcome or '' }
+end
+
+-- The digest is here before the request leaves: the callback can arrive before its 202 has been read.
+local function expect_callback(digest)
+  if digest == '' or cjson.decode(a.definition).mode ~= 'callback' then return end
+  redis.call('HSET', key, 'callback', digest)
+  redis.call('HSET', 'callback:' .. digest, 'login', login, 'alias', alias, 'poll', poll, 'attempt', attempt,
+    'generation', a.generation, 'definition', a.definition, 'bank', fingerprints.bank, 'key', fingerprints.key)
+  redis.call('PEXPIRE', 'callback:' .. digest, whole(5 * DAY_MS))
 end
 
 local function refuse(kind)
@@ -53,5 +63,6 @@ if attempt == '1' then redis.call('HSET', key, 'first_at', whole(now)) end
 redis.call('HSET', login_key, 'begun', 1, 'bank', fingerprints.bank, 'key', fingerprints.key,
   'until', whole(now + config_ms('request_deadline_ms') + config_ms('lease_margin_ms')))
 redis.call('HDEL', login_key, 'refusals', 'refused_by')
+expect_callback(ARGV[9])
 place(login)
 return begun()

@@ -1,6 +1,6 @@
 -- Claims what is due: called by beat, by any number of them at once.
 --
--- ARGV  1 most (logins looked at)  2 message template
+-- ARGV  1 most (logins looked at)  2 message template  3 settling template  4 pause before it is pushed again (ms)
 -- Returns { dispatched, resent, wait_ms, lapsed }, lapsed a list of
 --   { login, alias, poll, attempt, state ("polling" | "awaiting"), tries, waits, losses }
 --
@@ -8,7 +8,7 @@
 -- Work goes out only while the queue has room, so that the timetable, not the queue, is the backlog. What lapsed while
 -- polling (a loss) or awaiting is not judged here: it is returned, and stays as it is until beat has applied a decision.
 
-local most, template = tonumber(ARGV[1]), ARGV[2]
+local most, template, settling, again_ms = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
 local margin_ms = config_ms('lease_margin_ms')
 local messages, lapsed = {}, {}
 local dispatched, resent = 0, 0
@@ -43,6 +43,7 @@ local function dispatch(login, alias, account, probing)
   end
   if probing then redis.call('HSET', 'login:' .. login, 'probe', alias) end
   redis.call('HSET', 'account:' .. alias, 'state', 'dispatched', 'poll', poll, 'attempt', attempt)
+  redis.call('HDEL', 'account:' .. alias, 'answered', 'callback')
   redis.call('ZREM', 'due:' .. login, alias)
   hold(login, token(alias, poll, attempt))
   push(login, alias, poll, attempt)
@@ -56,7 +57,7 @@ end
 -- Rule 3: the holder's time is over. Returns whether the place is free now.
 local function lapse(login, held)
   local alias, poll, attempt = string.match(held, '^(%S+) (%S+) (%S+)$')
-  local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses', 'login')
+  local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses', 'login', 'answered', 'due')
   if is_dispatched(a, login, poll, attempt) then
     if room > 0 then
       push(login, alias, poll, attempt)
@@ -65,9 +66,13 @@ local function lapse(login, held)
     end
     return false
   end
-  if is_begun(a, login, poll, attempt) and a.state == 'polling' then
-    return_lapsed(login, alias, a)
-    return false
+  if is_begun(a, login, poll, attempt) and not a.answered then
+    if a.state == 'polling' then
+      return_lapsed(login, alias, a)
+      return false
+    end
+    -- Rule 2: at login_hold the place is free and the account goes on awaiting, in due:<login> at its deadline.
+    step(alias, login, 'awaiting', tonumber(a.due))
   end
   free(login, held)
   return true
@@ -97,6 +102,12 @@ for _, login in ipairs(redis.call('ZRANGE', 'timetable', '-inf', whole(now), 'BY
 end
 for i = 1, #messages, 1000 do
   redis.call('LPUSH', QUEUE, unpack(messages, i, math.min(i + 999, #messages)))
+end
+-- Rule 8: an answer whose settling was lost is pushed again, whatever became of its account.
+for _, id in ipairs(redis.call('ZRANGE', 'answers', '-inf', whole(now), 'BYSCORE', 'LIMIT', 0, most)) do
+  local alias, poll, attempt = string.match(id, '^(%S+) (%S+) (%S+)$')
+  push_settling(settling, redis.call('HGET', 'answer:' .. id, 'login'), alias, poll, attempt)
+  redis.call('ZADD', 'answers', whole(now + again_ms), id)
 end
 redis.call('HSET', 'config', 'claimed_at', whole(now))
 

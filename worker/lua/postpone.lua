@@ -1,13 +1,14 @@
 -- Lets an account wait: called by a worker after a failed attempt, and by beat after a lapsed one.
 --
 -- ARGV  1 login  2 alias  3 poll  4 attempt  5 countdown (ms)  6 tries  7 waits  8 losses  9 code
+--       10 "answer" where a callback's answer is what failed: once one is there, no deadline applies any more
 -- Returns { "postponed", due } — also when the same token repeats its call — or { "stale" }
 
 local login, alias, poll, attempt, countdown_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local key = 'account:' .. alias
-local a = fields(key, 'state', 'poll', 'attempt', 'login', 'due', 'begun_at')
+local a = fields(key, 'state', 'poll', 'attempt', 'login', 'due', 'begun_at', 'answered')
 
-local postponed = is_begun(a, login, poll, attempt)
+local postponed = is_begun(a, login, poll, attempt) and (not a.answered or ARGV[10] == 'answer')
 
 if is_own(a, login, poll, attempt) and a.state == 'waiting' then
   return { 'postponed', a.due }

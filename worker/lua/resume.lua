@@ -5,10 +5,12 @@
 
 local alias = ARGV[1]
 local key = 'account:' .. alias
-local a = fields(key, 'state', 'login', 'paused', 'due')
+local a = fields(key, 'state', 'login', 'paused', 'due', 'answered', 'poll', 'attempt')
 
 if not a.paused then return { 'refused', a.state or 'unknown' } end
 redis.call('HDEL', key, 'paused')
-if a.state == 'scheduled' or a.state == 'waiting' then step(alias, a.login, a.state, tonumber(a.due)) end
+local holder = redis.call('HGET', 'login:' .. a.login, 'holder')
+local is_left = a.state == 'awaiting' and not a.answered and holder ~= token(alias, a.poll, a.attempt)
+if a.state == 'scheduled' or a.state == 'waiting' or is_left then step(alias, a.login, a.state, tonumber(a.due)) end
 place(a.login)
 return { 'resumed' }

@@ -9,10 +9,15 @@
 --                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried)
 --   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot ·
 --                        state, due, paused · poll, attempt, caller, begun_at, first_at, releases (how many there had
---                        been when it began) · tries, waits, losses · last_ok, last_outcome, last_at · queue, letter,
---                        code, type, description, suspended_at · latest_poll, latest_attempt, latest_fingerprint
+--                        been when it began), callback (digest), answered · tries, waits, losses · last_ok,
+--                        last_outcome, last_at · queue, letter, code, type, description, suspended_at ·
+--                        latest_poll, latest_attempt, latest_fingerprint
 --   aliases:<login>      set: the login's accounts          logins   set: every login ever defined
 --   revisions            hash: alias → revision of every account defined now
+--   callback:<digest>    hash: login, alias, poll, attempt, generation, definition, bank, key · bodies, seen,
+--                        body:<hash>: what a callback's token stands for, until two days after its deadline
+--   answers              sorted set: token of an answer that is not settled → when its settling is pushed again (ms)
+--   answer:<token>       hash: as callback:<digest>, with content_type, received_at, body:<hash>
 --   parked               set: aliases parked until a notification
 --   history:<alias>      list, newest first: "ended (ms) poll attempt duration (ms) outcome" of the last attempts
 --   pins:<alias>:<generation>   set: the AccountIds first seen
@@ -27,7 +32,7 @@
 --   counts               hash: things that happened, counted
 --   clock:offset         string: ms that tests move the one clock by
 
-local QUEUE = 'balances.polls'
+local QUEUE, ANSWERS = 'balances.polls', 'balances.answers'
 local DAY_MS = 86400000
 
 -- The one clock: ms since the epoch, of this server.
@@ -184,6 +189,13 @@ local function void(alias, login)
   if a.state == 'dispatched' then
     step(alias, login, a.attempt == '1' and 'scheduled' or 'waiting', tonumber(a.due))
   end
+end
+
+-- Sends word that an answer waits to be settled; many words do no harm, `answers` is the truth.
+local function push_settling(template, login, alias, poll, attempt)
+  redis.call('LPUSH', ANSWERS, fill(template, {
+    login = login, account = alias, poll = poll, attempt = attempt, retries = '0',
+  }))
 end
 
 ----------------------------------------------------------------------------------------------- dead letters and events

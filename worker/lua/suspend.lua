@@ -4,6 +4,7 @@
 --       5 login  6 alias  7 poll  8 attempt  9 reason: JSON object with code, type, description  10 code
 --       11 short wait (ms), where a notification or a new credential has overtaken the failure
 --       12 which credential ("bank" | "key")  13 its fingerprint ('' for none)  14 "refused" if no host has another
+--       15 "answer" where a callback's answer is what failed: once one is there, no deadline applies any more
 -- Returns { "suspended" } or { "parked" }: the account alone; also when the same token repeats its call
 --      or { "blocked" }: the whole login, whatever the token says (rule 4)
 --      or { "postponed", due }: overtaken; the account waits shortly; also when the same token repeats its call
@@ -14,7 +15,8 @@ local login, alias, poll, attempt = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local reason, code, short_ms = cjson.decode(ARGV[9]), ARGV[10], tonumber(ARGV[11])
 local key, login_key = 'account:' .. alias, 'login:' .. login
 local held = token(alias, poll, attempt)
-local a = fields(key, 'state', 'poll', 'attempt', 'login', 'institution', 'begun_at', 'first_at', 'releases', 'due')
+local a = fields(key, 'state', 'poll', 'attempt', 'login', 'institution', 'begun_at', 'first_at', 'releases', 'due',
+  'answered')
 local own = is_own(a, login, poll, attempt)
 local begun, dispatched = is_begun(a, login, poll, attempt), is_dispatched(a, login, poll, attempt)
 
@@ -53,9 +55,10 @@ end
 local function suspend_account()
   if own and a.state == mode then return { mode } end
   if mode == 'parked' and own and a.releases and was_released_since() then return wait_shortly() end
-  if not begun then return stale() end
+  if not begun or (a.answered and ARGV[15] ~= 'answer') then return stale() end
   explain(key, nil)
   redis.call('HSET', key, 'state', mode, 'queue', queue, 'last_outcome', code, 'suspended_at', whole(now))
+  redis.call('ZREM', 'due:' .. login, alias)
   if mode == 'parked' then redis.call('SADD', 'parked', alias) end
   publish_account(stream, alias, 'account.suspended.v1', { state = mode, code = code, queue = queue })
   return { mode }
