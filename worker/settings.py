@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from worker.errors import ConfigurationError, Problem
 
+WEBHOOK_PORT = 8080
 KHIPU_URL = "https://api.khipu.com"
 ACCOUNTS_FILE = Path("config/accounts.toml")
 SANDBOX_FILE = Path("config/sandbox.toml")
@@ -189,7 +190,7 @@ class Settings(BaseModel):
     concurrency: int = Field(16, ge=1, le=5000, description="give a whole number of threads from 1 to 5000")
     grace: _Grace = Field(timedelta(seconds=30), description="give a duration up to 1h, such as 30s or 1m30s")
     host: str = Field("127.0.0.1", pattern=r"^[A-Za-z0-9.:_-]{1,253}$", description="give a host name or an address")
-    webhook_port: _Port = 8080
+    webhook_port: _Port = WEBHOOK_PORT
     flower_port: _Port = 5555
     exporter_port: _Port = 9464
     sandbox_port: _Port = SANDBOX_PORT
@@ -239,6 +240,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     values |= _where_accounts_are(values)
     if values["is_sandbox"]:
         values.setdefault("khipu_url", f"http://127.0.0.1:{values.get('sandbox_port', SANDBOX_PORT)}")
+        values.setdefault("callback_url", f"http://127.0.0.1:{values.get('webhook_port', WEBHOOK_PORT)}")
     settings = _validate(values, environ, problems)
     if settings is None or problems:
         raise ConfigurationError(problems)

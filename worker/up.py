@@ -156,6 +156,7 @@ def _environment(settings: Settings, environ: Mapping[str, str]) -> dict[str, st
         "BALANCES_ACCOUNTS": str(settings.accounts_path.absolute()),
         "BALANCES_DATA_DIR": str(settings.data_dir.absolute()),
         "BALANCES_KHIPU_URL": settings.khipu_url,
+        **({"BALANCES_CALLBACK_URL": settings.callback_url} if settings.callback_url else {}),
     }
     env.pop("BALANCES_REDIS_URL_FILE", None)
     if settings.secrets_dir is not None:

@@ -102,7 +102,7 @@ def test_nothing_set_means_the_sandbox_with_the_documented_defaults() -> None:
     assert (settings.concurrency, settings.grace, settings.host) == (16, timedelta(seconds=30), "127.0.0.1")
     ports = (settings.webhook_port, settings.flower_port, settings.exporter_port, settings.sandbox_port)
     assert ports == (8080, 5555, 9464, 8089)
-    assert settings.callback_url is None
+    assert settings.callback_url == "http://127.0.0.1:8080"  # the webhook that the sandbox calls
     assert settings.secrets_dir is None
     assert settings.flower_auth is None
     assert settings.notification_token is None

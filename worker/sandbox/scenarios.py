@@ -39,6 +39,7 @@ PLANS: Mapping[str, object] = {
     "10010002": {"script": ["ok:48250000"], "latency": "0.2s-1s"},  # acme-payroll: never changes
     "10010003": {"script": ["ok::USD"], "latency": "0.2s-2s"},  # acme-usd
     "10010004": {"script": ["no-data"], "latency": "0.5s"},  # acme-taxes
+    "10010005": {"script": ["ok@2s | early", "ok@3s | twice", "ok@1s"], "cycle": True},  # acme-callbacks
     "10020001": {"script": [IMMEDIATELY, IMMEDIATELY, "ok"], "latency": "0.5s"},  # globex-operating
     "10020002": {"script": ["http:504", "malformed", "ok"], "latency": "0.5s-1s"},  # globex-reserve
     "10030001": {"script": [IN_FOUR_HOURS, "ok"], "latency": "1s"},  # initech-operating
@@ -49,6 +50,8 @@ PLANS: Mapping[str, object] = {
     "10050002": {"script": ["ok"], "latency": "0.5s"},  # hooli-payroll: the same log-on
     "10060001": {"script": ["ok"], "latency": "0.2s-2s"},  # wonka-operating
     "10060002": {"script": ["ok::CLF"], "latency": "0.2s-2s"},  # wonka-uf
+    # wonka-callbacks
+    "10060003": {"script": ["ok@2s | but http:504 | life-span 5s", "ok@1s | late 2s | life-span 2s", "ok@1s"]},
 }
 
 #: Login of `config/sandbox.toml` → its `AccountCredential` at the bank.
