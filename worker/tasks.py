@@ -302,7 +302,7 @@ def accept(attempt: Attempt, accepted: Accepted) -> None:
         "accepted",
         operation=accepted.operation_id,
         awaited_s=None if deadline_ms is None else round((deadline_ms - attempt.begun.now_ms) / 1000),
-        drift=list(accepted.drift),
+        unknown_fields=list(accepted.drift),
     )
 
 

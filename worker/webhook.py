@@ -158,7 +158,13 @@ async def notification(request: Request) -> Response:
     timetable: Timetable = request.app.state.timetable
     aliases = [wanted.alias] if wanted.alias else []
     released = await run_in_threadpool(timetable.release, aliases, institution=wanted.institution, login=wanted.login)
-    log.info("notification", released=len(released), **wanted.model_dump())
+    log.info(
+        "notification",
+        released=len(released),
+        institution=wanted.institution,
+        login=wanted.login,
+        alias=wanted.alias,
+    )
     return JSONResponse({"released": len(released), "accounts": released})
 
 

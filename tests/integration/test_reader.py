@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -393,10 +394,12 @@ def test_a_signal_handler_stops_it_wherever_it_is(world: World, make, handling, 
     before = signal.signal(signal.SIGUSR1, lambda *_: reader.stop())
     try:
         threading.Thread(target=signal_when_waiting, args=(world.client, handling, where)).start()
+        started = time.monotonic()
         reader.run(handling)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert handling.done == []
+    assert time.monotonic() - started < reader_module.LONGEST_PAUSE_S / 2
 
 
 def signal_when_waiting(client: redis.Redis, handling: Handling, where: str) -> None:
