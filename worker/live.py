@@ -205,10 +205,11 @@ def _letters(watch: Watch) -> Text:
 
 
 def _processes(statuses: dict[str, str]) -> Text:
-    text = Text("processes", "bold")
-    for name, status in statuses.items():
-        text.append("  ", "none").append(f"{name} {status}", "green" if status == "running" else "yellow")
-    return text
+    """Those that do not run first: the line may be cut."""
+    running = [name for name, status in statuses.items() if status == "running"]
+    troubled = [f"{name} {status}" for name, status in statuses.items() if status != "running"]
+    text = Text("".join(f"{each} · " for each in troubled), "yellow")
+    return text.append(f"running: {' '.join(running) or 'none'}", "green" if running else "none")
 
 
 def _message(name: str, text: str) -> Text:

@@ -344,7 +344,7 @@ def test_on_a_terminal_there_is_a_live_view_and_ctrl_c_gives_the_terminal_back(t
         for pattern in (
             r"\x1b\[\?1049h",  # the other screen
             "This is the sandbox",
-            r"beat running.*worker running",
+            r"running: .*beat worker",
             r"umbrella-savings +\x1b\[31msuspended",
             r"dead letters: .*2 do-not-retry",
             r"last minute: [1-9]\d* balances",
@@ -418,7 +418,7 @@ def test_a_screen_has_room_for_the_worst_and_says_how_many_more_there_are(world:
     assert lines[1] == "50 accounts: 1 suspended, 49 scheduled"
     assert lines[5].startswith("account-49  acme   suspended")
     assert any(re.fullmatch(r"and \d\d more: balances accounts", line.rstrip()) for line in lines)
-    assert lines[-1].startswith("processes  beat running  worker starts again in 4 s")
+    assert lines[-1].startswith("worker starts again in 4 s · running: beat")
 
 
 def test_a_screen_says_that_the_server_is_away_and_goes_on(tmp_path: Path) -> None:

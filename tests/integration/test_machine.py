@@ -80,7 +80,7 @@ TIMES = st.sampled_from((1, 1, 1, 2))
 INDEX = st.sampled_from((0, 0, 0, 1, 2, 3))
 BANK = st.sampled_from(("bank-1", "bank-1", "bank-1", "bank-2", "bank-2", "bank-3", ""))
 KEY = st.sampled_from(("key-1", "key-1", "key-1", "key-2"))
-CALLER = st.sampled_from("xyz")
+CALLER = st.sampled_from("wwxy")
 LOGIN = st.sampled_from(LOGINS)
 ALIAS = st.sampled_from(ALIASES)
 
@@ -392,7 +392,7 @@ class TimetableMachine(RuleBasedStateMachine):
             self._postpone(token, times, 30 * SECOND, (1, 0, 1))
 
     @precondition(lambda self: self.open)
-    @rule(index=INDEX, times=TIMES, state=st.sampled_from(("suspended", "parked")))
+    @rule(index=INDEX, times=TIMES, state=st.sampled_from(("suspended", "parked", "parked")))
     def suspend(self, index: int, times: int, state: str) -> None:
         self._suspend(self.some_poll(index).token, times, state)
 
@@ -453,6 +453,7 @@ class TimetableMachine(RuleBasedStateMachine):
             return False
         return account.state in states if states else account.is_paused == (what == "resume")
 
+    @precondition(lambda self: any(account.state in {"parked", "polling"} for account in self.model.accounts.values()))
     @rule(
         aliases=st.lists(st.sampled_from(ALIASES), max_size=2),
         institution=st.sampled_from(("", "", *INSTITUTIONS.values())),

@@ -456,7 +456,7 @@ FAULTS = [
 #: Told at once by the machine, so that the normal run shows that it can fail.
 QUICKLY_FOUND = {
     "begin without the token",
-    "claim without the room",
+    "settle without the dedupe key",
     "suspend in two steps: the state first, the letter never",
     "place does not respect the holder",
 }
