@@ -116,6 +116,7 @@ class Screen:
         self._path = log
         self._log: BinaryIO | None = None
         self._messages: deque[tuple[str, str]] = deque(maxlen=MESSAGES)
+        self._newest = ""  # of the runner's own messages: a death must not scroll away under a busy worker's lines
         self._ending = threading.Event()
         self._away = ""
 
@@ -126,7 +127,9 @@ class Screen:
             if text:
                 self._console.print(f"{name}: {text}", markup=False, soft_wrap=True)
             return
-        if text.strip():
+        if name == "up":
+            self._newest = text
+        elif text.strip():
             self._messages.append((name, text))
         try:
             self._log.write(f"{name} | {line}\n".encode())
@@ -134,7 +137,7 @@ class Screen:
                 self._log.close()
                 self._log = opened(self._path)
         except OSError:  # a full disk must not stop the polling
-            self._messages.append(("up", f"{self._path} cannot be written"))
+            self._newest = f"{self._path} cannot be written"
 
     @contextmanager
     def showing(self, timetable: Timetable, statuses: Callable[[], dict[str, str]]) -> Iterator[None]:
@@ -181,7 +184,12 @@ class Screen:
 
     def _screen(self, watch: Watch, statuses: dict[str, str]) -> RenderableType:
         head = [*map(Text, self._header), *self._pulse(watch), Text()]
-        foot = [Text(), _processes(statuses), *(_message(name, text) for name, text in tuple(self._messages))]
+        foot = [
+            Text(),
+            _processes(statuses),
+            Text(self._newest, "yellow"),
+            *(_message(name, text) for name, text in tuple(self._messages)),
+        ]
         room = max(1, self._console.height - len(head) - len(foot) - 2)  # the table's heading, and "more"
         rows = tables.by_trouble(watch.rows.values())
         table = tables.accounts_table(rows[:room], watch.now)
@@ -189,14 +197,14 @@ class Screen:
         return Group(*map(_cut, head), table, more, *map(_cut, foot))
 
     def _pulse(self, watch: Watch) -> list[Text]:
-        """How everything is, in two lines."""
+        """How everything is, in three lines."""
         if self._away:
-            return [Text(self._away, "bold red"), Text()]
+            return [Text(self._away, "bold red"), Text(), Text()]
         fine, failed = watch.rates
         rates = Text.assemble(f"last minute: {fine} balances, ", (f"{failed} failed", "red" if failed else "none"))
         if watch.round_s > REFRESH_S:
             rates.append(f" · every account is looked at every {watch.round_s:.0f} s", "dim")
-        return [tables.tally_rows(watch.rows.values()), rates.append(" · ", "none").append(_letters(watch))]
+        return [tables.tally_rows(watch.rows.values()), rates, _letters(watch)]
 
 
 def _letters(watch: Watch) -> Text:

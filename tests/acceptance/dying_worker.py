@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
@@ -37,7 +39,14 @@ def trap(at: str, account: str | None = None) -> None:
             account = structlog.contextvars.get_contextvars().get("account", "")
         if (armed["at"], armed["account"]) == (at, account):
             TRAP.rename(TRAP.with_suffix(".sprung"))
-            os.kill(armed["pid"] or os.getpid(), armed["signal"])
+            send(armed["signal"], armed["pid"])
+
+
+def send(number: int, pid: int) -> None:
+    if pid:
+        os.kill(pid, number)
+    else:  # to this thread: sent to the process, another thread may take it, and this one goes on a little further
+        signal.pthread_kill(threading.get_ident(), number)
 
 
 def before(owner: Any, name: str, at: str) -> None:

@@ -12,6 +12,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -482,11 +483,11 @@ def test_names_complete_from_the_server(cli: Cli, world: World, words: tuple[str
     assert complete(cli, *words) == found
 
 
-@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "nonsense", "redis://10.255.255.1:6379/0"])
-def test_completion_is_silent_and_quick_without_a_server(cli: Cli, url: str) -> None:
-    started = time.monotonic()
-    assert complete(cli, "accounts", "a", BALANCES_REDIS_URL=url) == []
-    assert time.monotonic() - started < 5
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "nonsense", "redis://127.0.0.1:{silent}/0"])
+def test_completion_is_silent_and_soon_over_without_a_server(cli: Cli, url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = url.format(silent=silent.getsockname()[1])
+        assert complete(cli, "accounts", "a", BALANCES_REDIS_URL=address) == []
     assert "complete -o nosort -F" in cli.process(_BALANCES_COMPLETE="bash_source")
 
 

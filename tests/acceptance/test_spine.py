@@ -463,8 +463,10 @@ def test_a_failed_log_on_is_sent_once_though_one_worker_still_has_it(town: Town)
 
 def test_no_secret_number_or_amount_is_anywhere_but_where_it_belongs(town: Town) -> None:
     """After all of the above: logs, everything that was ever written to Redis, every Celery event and message."""
-    for alias in (*DEAD, *PUBLISHED):
-        town.until_state(alias, "suspended", "parked", "scheduled")
+    for alias in DEAD:
+        town.until_state(alias, "suspended", "parked")
+    for alias in PUBLISHED:
+        town.until_entries(alias, 1)
     for process in town.processes:
         assert canaries_in(process.text()) == [], process.name
     found = set()
@@ -473,14 +475,19 @@ def test_no_secret_number_or_amount_is_anywhere_but_where_it_belongs(town: Town)
             assert kinds <= MAY_HOLD.get(place, set()), (place, kinds)
             found |= kinds
     assert found == {"an account number", "an amount"}, "what may be somewhere is found there: the search works"
+    town.store.publish(NO_MORE, "")
     heard = list(messages(town.ears))
-    assert sum("task-succeeded" in text for text in heard) > len(PUBLISHED), "the old worker's events"
+    assert sum("task-succeeded" in text for text in heard) > 5, "the workers' events"
     assert canaries_in("\n".join(heard)) == []
+
+
+#: A channel of this test's own: what comes after a message on it is not waited for.
+NO_MORE = "no more"
 
 
 def messages(ears: PubSub) -> Iterator[str]:
     """Everything that was broadcast, Celery's events and remote control; kombu writes a body in base64."""
-    while (message := ears.get_message(timeout=1.0)) is not None:
+    while (message := ears.get_message(timeout=PATIENCE_S)) is not None and message["channel"] != NO_MORE:
         if message["type"] == "pmessage":
             sent = json.loads(message["data"])
             yield f"{sent['headers']} {sent['properties']} {b64decode(sent['body']).decode()}"

@@ -411,14 +411,16 @@ def test_a_screen_has_room_for_the_worst_and_says_how_many_more_there_are(world:
     screen = Screen(console, ["header"], tmp_path / "up.log")
     watch = Watch(world.timetable)
     screen._look(watch)
+    screen._newest = "worker ended with status 1"
     console.print(screen._screen(watch, {"beat": "running", "worker": "starts again in 4 s"}))
     assert isinstance(console.file, StringIO)
     lines = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()).splitlines()
     assert len(lines) <= 24
     assert lines[1] == "50 accounts: 1 suspended, 49 scheduled"
-    assert lines[5].startswith("account-49  acme   suspended")
+    assert lines[6].startswith("account-49  acme   suspended")
     assert any(re.fullmatch(r"and \d\d more: balances accounts", line.rstrip()) for line in lines)
-    assert lines[-1].startswith("worker starts again in 4 s · running: beat")
+    assert lines[-1].startswith("worker ended with status 1")
+    assert lines[-2].startswith("worker starts again in 4 s · running: beat")
 
 
 def test_a_screen_says_that_the_server_is_away_and_goes_on(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_generated_bytes_never_bring_a_5xx(webhook: Webhook, head: bytes, body: 
     start = b"POST /callbacks/" + SECRET.encode() + b" HTTP/1.1\r\nHost: x\r\n" if is_post else b""
     try:
         answer = webhook.raw(start, head, b"\r\n\r\n", body)
-    except ConnectionError:
+    except OSError:  # it was closed before all of it was sent
         return
     assert not answer.startswith(b"HTTP/1.1 5"), answer[:200]
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 from io import StringIO
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -114,6 +114,7 @@ def test_the_last_digit_of_a_long_amount_counts() -> None:
 amounts = st.builds(Decimal.scaleb, st.integers(-(10**20), 10**20).map(Decimal), st.integers(-20, 4).map(Decimal))
 
 
+@settings(deadline=None)
 @given(st.lists(amounts, min_size=1, max_size=12))
 def test_sparks_are_as_many_as_amounts_and_higher_for_more(found: list[Decimal]) -> None:
     line = sparks(found)
@@ -123,6 +124,7 @@ def test_sparks_are_as_many_as_amounts_and_higher_for_more(found: list[Decimal])
     assert len(set(found)) == 1 or {0, 7} <= set(heights)
 
 
+@settings(deadline=None)
 @given(st.lists(amounts.map(abs), min_size=1, max_size=12))
 def test_a_bar_is_never_longer_than_its_room_and_never_nothing_for_something(found: list[Decimal]) -> None:
     furthest = max(found)

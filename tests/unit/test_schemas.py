@@ -13,7 +13,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from schemas import closed, validate_entry, validator
 
@@ -214,6 +214,7 @@ raw_balances = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(raw_balances, max_size=3), st.none() | st.text(), st.from_regex(r"[!-~]{1,128}", fullmatch=True))
 def test_every_answer_that_is_taken_from_the_bank_is_valid_on_the_stream(
     balances: list[dict[str, Any]], information: str | None, operation: str
