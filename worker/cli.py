@@ -25,10 +25,11 @@ from click.shell_completion import CompletionItem
 from rich.console import Console, RenderableType
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from worker import ops, tables
+from worker import ops, stream, tables
 from worker.accounts import load_accounts
 from worker.credentials import CredentialStore
-from worker.errors import BalancesError, ConfigurationError, StoreUnavailable
+from worker.errors import BalancesError, ConfigurationError, Refused, StoreUnavailable
+from worker.history import draw
 from worker.live import Screen
 from worker.policy import DeadLetterQueue
 from worker.processes import printer
@@ -364,6 +365,28 @@ def latest(timetable: Timetable, alias: str | None, is_json: bool) -> None:
         print_json(observations)
     else:
         show(tables.observed_table(observations, now_of(timetable)))
+
+
+@main.command()
+@click.argument("alias", shell_complete=aliases_known)
+@click.option("--count", default=20, show_default=True, type=click.IntRange(1, 1000), help="How many at most.")
+@as_json
+def history(alias: str, count: int, is_json: bool) -> None:
+    """Draw an account's last balances.
+
+    \b
+    Example:
+      balances history acme-operating --count 50
+    """
+    settings = load_settings()
+    client = connect(settings.store_url())
+    entries = stream.history(client, settings.stream, alias, count)
+    if is_json:
+        print_json([entry.data for entry in entries])
+    elif entries:
+        show(draw(entries, tables.utc(Timetable(client, stream=settings.stream).now_ms())))
+    else:
+        raise Refused(f"{alias}: has no balance on the stream; see: balances accounts {alias}")
 
 
 @main.command()

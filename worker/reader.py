@@ -41,7 +41,7 @@ DEAD_KEPT_MS = 30 * 86_400_000
 #: What a reader that stops has not handled is made to look idle for this long, so that others take it at once.
 GIVEN_BACK_MS = 86_400_000
 #: What passes by itself, or by somebody's hand: by its class, and by its first word where redis-py leaves it there.
-_AWAY = (redis.ConnectionError, redis.TimeoutError, MasterDownError, OutOfMemoryError, ReadOnlyError)
+_PASSING = (redis.ConnectionError, redis.TimeoutError, MasterDownError, OutOfMemoryError, ReadOnlyError)
 _REFUSED = ("NOGROUP", "UNBLOCKED", "MISCONF", "NOREPLICAS", "BUSY ")
 
 Handler = Callable[[Event], object]
@@ -332,4 +332,4 @@ def _connect(url: str) -> redis.Redis:
 def _is_passing(error: redis.RedisError) -> bool:
     if isinstance(error, redis.AuthenticationError):  # which is a ConnectionError, too
         return False
-    return isinstance(error, _AWAY) or str(error).startswith(_REFUSED)
+    return isinstance(error, _PASSING) or str(error).startswith(_REFUSED)

@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeVar, assert_never, cast
 
 import redis
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError
+from redis.exceptions import BusyLoadingError, ClusterDownError, OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry as ConnectionRetry
 
 from worker import policy, schedule
@@ -53,6 +53,14 @@ CONFIRM_MS = 3_000
 #: What a worker offers to begin with in place of a credential that it does not have.
 MISSING = "missing"
 #: The server's refusals that pass by themselves, or by an operator's hand, without anything being wrong here.
+_AWAY = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    BusyLoadingError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ClusterDownError,
+)
 _PASSING = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY ")
 
 T = TypeVar("T")
@@ -593,7 +601,7 @@ def _guard(call: Callable[[], T]) -> T:
     """Runs one call to the server; what passes by itself becomes `StoreUnavailable`, anything else is a fault."""
     try:
         return call()
-    except (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError) as error:
+    except _AWAY as error:
         raise StoreUnavailable(f"Redis: {type(error).__name__}") from error
     except redis.ResponseError as error:
         if str(error).startswith(_PASSING):

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import redis
 from sandbox_client import JsonObject, SandboxClient, Step, log_on_of, running_sandbox
+from schemas import validate_stream
 from servers import ROOT, ValkeyServer, wait_until
 
 from worker.policy import DeadLetterQueue
@@ -174,9 +175,13 @@ class Machine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None:
-            self.show_logs()
-        self._stack.close()
+        try:
+            if error is not None:
+                self.show_logs()
+            else:
+                validate_stream(self.store)
+        finally:
+            self._stack.close()
 
     def _end(self) -> None:
         for process in self.processes:

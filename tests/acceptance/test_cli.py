@@ -171,6 +171,16 @@ def test_latest_and_tail_tell_balances(cli: Cli, world: World) -> None:
     assert json.loads(line)["type"] == "account.suspended.v1"
 
 
+def test_history_draws_an_accounts_last_balances(cli: Cli, world: World) -> None:
+    for amount in ("1000", "3000", "2000"):
+        world.settle(world.start("acme-operating"), amount=amount)
+    drawn = cli("history", "acme-operating")
+    assert all(amount in drawn.replace(",", "") for amount in ("1000", "3000", "2000"))
+    amounts = [entry["balances"][0]["amount"] for entry in cli.json("history", "acme-operating", "--count", "2")]
+    assert amounts == ["3000", "2000"]
+    assert "has no balance on the stream" in cli("history", "acme-payroll", status=1)
+
+
 def publish(world: World, begun: Any, balance: dict[str, str]) -> None:
     from worker.timetable import Event
 

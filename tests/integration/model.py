@@ -15,7 +15,10 @@ from worker.timetable import Token
 MARGIN_MS = 60_000
 DEADLINE_MS = 190_000
 DAY_MS = 86_400_000
-BEGUN = {"polling"}
+LIFE_SPAN_MS, GRACE_MS, HOLD_MS = 30 * 60_000, 10 * 60_000, 10 * 60_000
+AGAIN_MS = 60_000
+MOST_BODIES = 4
+BEGUN = {"polling", "awaiting"}
 DEAD = {"suspended", "parked"}
 
 
@@ -32,6 +35,7 @@ class Account:
     counters: tuple[int, int, int] = (0, 0, 0)
     caller: str = ""
     was_woken: bool | None = None  #: None: never begun
+    is_answered: bool = False
     latest: tuple[int, int] = (0, 0)
     amount: str = ""
 
@@ -97,6 +101,10 @@ class Model:
     queue: list[Token] = field(default_factory=list)
     pins: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     operations: dict[str, str] = field(default_factory=dict)
+    callbacks: dict[Token, set[str]] = field(default_factory=dict)  #: tokens that may be called back: bodies taken in
+    answers: dict[Token, int] = field(default_factory=dict)
+    bodies: dict[Token, list[str]] = field(default_factory=dict)
+    settlings: list[Token] = field(default_factory=list)
     events: list[tuple[str, ...]] = field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------------ what stands
@@ -107,11 +115,17 @@ class Model:
 
     def next_account(self, name: str) -> Account | None:
         login = self.logins[name]
-        ready = [a for a in self.of(name) if a.state in {"scheduled", "waiting"} and not a.is_paused]
+        ready = [a for a in self.of(name) if self.is_planned(a) and not a.is_paused]
         if login.is_probing:
             tried = [account for account in ready if account.alias == login.probe]
-            ready = tried or ready
+            ready = tried or [account for account in ready if account.state != "awaiting"] or ready
         return min(ready, key=lambda account: (account.due_ms, account.alias), default=None)
+
+    def is_planned(self, account: Account) -> bool:
+        """Whether it has a due time of its own: at its deadline, too, once its place is free and no answer is there."""
+        is_held = self.logins[account.login].holder == account.token
+        is_left = account.state == "awaiting" and not account.is_answered and not is_held
+        return account.state in {"scheduled", "waiting"} or is_left
 
     def place(self, name: str) -> int | None:
         """When the login's next step is, None for never: rule 1."""
@@ -173,22 +187,32 @@ class Model:
                         room, resent = room - 1, resent + 1
                         self._send(login, login.holder)
                     continue
-                if self.is_at(login.holder, "polling"):
+                if self.is_at(login.holder, "polling") and not self.accounts[login.holder.account].is_answered:
                     lapsed.append(login.holder)
                     continue
                 login.free(login.holder)
             account = self.next_account(name)
-            if account and account.due_ms <= self.now_ms and room > 0:
+            if account and account.due_ms <= self.now_ms and account.state == "awaiting":
+                lapsed.append(account.token)
+            elif account and account.due_ms <= self.now_ms and room > 0:
                 room, dispatched = room - 1, dispatched + 1
                 if account.state == "scheduled":
                     account.poll, account.attempt = max(account.poll + 1, self.now_ms), 1
                 else:
                     account.attempt += 1
-                account.state = "dispatched"
+                account.state, account.is_answered = "dispatched", False
                 if login.is_probing:
                     login.probe = account.alias
                 self._send(login, account.token)
+        lost = len(self.answers) - len(self.settlings)
+        overdue = sorted((at, *token.args[1:], token) for token, at in self.answers.items() if at <= self.now_ms)
+        for *_, token in overdue[: max(0, lost)]:
+            self._announce(token)
         return dispatched, resent, lapsed
+
+    def _announce(self, token: Token) -> None:
+        self.settlings.append(token)
+        self.answers[token] = self.now_ms + AGAIN_MS
 
     def _send(self, login: Login, token: Token) -> None:
         login.hold(token, self.now_ms + MARGIN_MS)
@@ -197,7 +221,8 @@ class Model:
     def begin(self, token: Token, caller: str, bank: str, key: str) -> str:
         login, account = self.logins[token.login], self._account(token)
         if account is None or not account.is_at(token, "dispatched"):
-            if account and account.is_at(token, *BEGUN) and account.caller == caller and not login.blocked:
+            is_repeated = login.holder == token and account is not None and account.caller == caller
+            if account and is_repeated and account.is_at(token, "polling") and not login.blocked:
                 return "begun"
             if not login.is_begun:
                 login.free(token)
@@ -211,7 +236,49 @@ class Model:
         login.accepted = {"bank": bank, "key": key}
         login.is_begun, login.refusals, login.refused_by = True, 0, ""
         login.until_ms = self.now_ms + DEADLINE_MS + MARGIN_MS
+        if account.definition.mode == "callback":
+            self.callbacks.setdefault(token, set())
         return "begun"
+
+    # ------------------------------------------------------------------------------------------------ callbacks
+
+    def accept(self, token: Token, promised_ms: int | None) -> int | None:
+        account, login = self._account(token), self.logins[token.login]
+        if account and account.is_at(token, "awaiting"):
+            return account.due_ms
+        if account is None or not account.is_at(token, "polling"):
+            return None
+        life_span_ms = LIFE_SPAN_MS if promised_ms is None else promised_ms - self.now_ms
+        account.state = "awaiting"
+        account.due_ms = self.now_ms + max(0, min(life_span_ms, 2 * DAY_MS)) + GRACE_MS
+        login.until_ms = min(self.now_ms + HOLD_MS, account.due_ms)
+        return account.due_ms
+
+    def receive(self, token: Token, body: str) -> str:
+        if token not in self.callbacks:
+            return "unknown"
+        if body in self.callbacks[token]:
+            return "repeated"
+        if len(self.callbacks[token]) >= MOST_BODIES:
+            return "full"
+        self.callbacks[token].add(body)
+        self.bodies.setdefault(token, []).append(body)
+        self._announce(token)
+        if self.is_at(token, *BEGUN):
+            self.accounts[token.account].is_answered = True
+        return "stored"
+
+    def forget(self, token: Token, body: str) -> None:
+        if body in self.bodies.get(token, []):
+            self.bodies[token].remove(body)
+        if not self.bodies.get(token):
+            self.answers.pop(token, None)
+            self.bodies.pop(token, None)
+
+    def _decides(self, token: Token, is_answer: bool) -> bool:
+        """Whether the end of this attempt moves its account: once there is an answer, only the answer does."""
+        account = self._account(token)
+        return account is not None and account.is_at(token, *BEGUN) and (is_answer or not account.is_answered)
 
     # ------------------------------------------------------------------------------------------------ a poll's end
 
@@ -253,25 +320,29 @@ class Model:
         if not self.is_at(token, "dispatched"):
             self.logins[token.login].free(token)
 
-    def postpone(self, token: Token, countdown_ms: int, counters: tuple[int, int, int]) -> str:
+    def postpone(
+        self, token: Token, countdown_ms: int, counters: tuple[int, int, int], *, is_answer: bool = False
+    ) -> str:
         account = self._account(token)
         if account and account.is_at(token, "waiting"):
             return f"postponed {account.due_ms}"
         result = "stale"
-        if account and account.is_at(token, *BEGUN):
+        if account and self._decides(token, is_answer):
             account.wait(self.now_ms + countdown_ms)
             account.counters = counters
             result = f"postponed {account.due_ms}"
         self._end(token)
         return result
 
-    def suspend(self, token: Token, state: str, short_ms: int) -> str:
+    def suspend(self, token: Token, state: str, short_ms: int, *, is_answer: bool = False) -> str:
         account, result = self._account(token), "stale"
         if account and account.is_at(token, state):
             result = state
-        elif account and state == "parked" and account.was_woken and account.is_at(token, "waiting", *BEGUN):
+        elif account and state == "parked" and account.was_woken and account.is_at(token, "waiting"):
+            result = f"postponed {account.due_ms}"
+        elif account and state == "parked" and account.was_woken and self._decides(token, is_answer):
             result = self._wait_shortly(account, short_ms)
-        elif account and account.is_at(token, *BEGUN):
+        elif account and self._decides(token, is_answer):
             account.state = result = state
             self.events.append(("suspended", token.account, state))
         self._end(token)
@@ -337,7 +408,7 @@ class Model:
         return None
 
     def pause(self, alias: str) -> str | None:
-        refusal = self._refusal(alias, "scheduled", "dispatched", "polling", "waiting", *DEAD)
+        refusal = self._refusal(alias, "scheduled", "dispatched", "waiting", *BEGUN, *DEAD)
         if refusal is None and not self.accounts[alias].is_paused:
             self.accounts[alias].void()
             self.accounts[alias].is_paused = True

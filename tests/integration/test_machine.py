@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -29,11 +30,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from model import DEAD, DEADLINE_MS, MARGIN_MS, Model
+from model import DEAD, DEADLINE_MS, HOLD_MS, MARGIN_MS, Model
 from planted_faults import Patch, patched
 from world import STREAM, Entry, Everything, World, answer, read_entries
 
 from worker.accounts import Accounts
+from worker.celery import settling_template
 from worker.errors import Kind, Outcome
 from worker.policy import Counters, Credential, DeadLetterQueue
 from worker.timetable import Begun, CredentialRefused, Postponed, Timetable, Token
@@ -70,6 +72,7 @@ def entry(alias: str) -> st.SearchStrategy[Entry]:
         st.sampled_from((f"1{ord(alias)}", f"2{ord(alias)}")),
         st.sampled_from(("15m", "5m")),
         st.just(INSTITUTIONS[alias]),
+        st.sampled_from(("callback", "callback", "sync")),
     )
 
 
@@ -111,6 +114,11 @@ class Promises:
             for token in [token for token, end_ms in leases.items() if end_ms <= now_ms]:
                 del leases[token]
 
+    def accept(self, token: Token, until_ms: int) -> None:
+        """The bank is at work for as long as the login is held."""
+        if token in self.leases.get(token.login, {}):
+            self.leases[token.login][token] = until_ms
+
     def end(self, token: Token) -> None:
         self.leases.get(token.login, {}).pop(token, None)
 
@@ -146,6 +154,8 @@ class Promises:
             assert (event, old["state"], old_token) == ("begin", "dispatched", new_token), what
             assert "paused" not in new, what
             assert "blocked" not in now.logins[new["login"]], what
+        if new["state"] == "awaiting" and old["state"] != "awaiting":
+            assert (event, old["state"]) == ("accept", "polling"), what
         if is_same and old["state"] == "waiting":
             assert new["state"] in {"waiting", "dispatched"}, what
             assert new["due"] == old["due"], what
@@ -178,7 +188,9 @@ class TimetableMachine(RuleBasedStateMachine):
         super().__init__()
         self.store.flushall()
         self.world = World(self.store, TEMPLATES)
-        self.timetable = FrozenTimetable(self.store, stream=STREAM, message=TEMPLATES[0], letter=TEMPLATES[1])
+        self.timetable = FrozenTimetable(
+            self.store, stream=STREAM, message=TEMPLATES[0], letter=TEMPLATES[1], settling=settling_template()
+        )
         self.world.timetable = self.timetable
         self.model = Model(START_MS)
         self.promises = Promises()
@@ -311,7 +323,8 @@ class TimetableMachine(RuleBasedStateMachine):
     def begin(self, token: Token, times: int, caller: str, bank: str, key: str) -> None:
         def server() -> str:
             was_polling = self.world.account(token.account)["state"] == "polling"
-            result = self.timetable.begin(token, caller=caller, scheme="api-key", bank=bank, key=key)
+            digest = self.world.callback(token)
+            result = self.timetable.begin(token, caller=caller, scheme="api-key", bank=bank, key=key, callback=digest)
             if isinstance(result, CredentialRefused):
                 return f"refused {result.credential} {result.times}"
             if not isinstance(result, Begun):
@@ -329,7 +342,7 @@ class TimetableMachine(RuleBasedStateMachine):
 
     def some_poll(self, index: int) -> Begun:
         """One that somebody may still be busy with; those under way come first."""
-        polls = sorted(self.open, key=lambda begun: not self.model.is_at(begun.token, "polling"))
+        polls = sorted(self.open, key=lambda begun: not self.model.is_at(begun.token, "polling", "awaiting"))
         return polls[index % len(polls)]
 
     @precondition(lambda self: self.open)
@@ -343,7 +356,9 @@ class TimetableMachine(RuleBasedStateMachine):
     def settle(self, index: int, times: int, is_new: bool, ids: tuple[str, ...], amount: str) -> None:
         begun = self.some_poll(index)
         self.operations += is_new
-        operation = f"operation-{self.operations}"
+        self._settle(begun, times, f"operation-{self.operations}", ids, amount)
+
+    def _settle(self, begun: Begun, times: int, operation: str, ids: tuple[str, ...], amount: str) -> None:
         # A worker counts from begin by its monotonic clock, so an answer is never older than its poll.
         fetched_at_ms = max(self.now_ms, begun.now_ms)
         event = answer(begun, amount, operation, ids, fetched_at_ms)
@@ -373,13 +388,91 @@ class TimetableMachine(RuleBasedStateMachine):
     def postpone(self, index: int, times: int, countdown_ms: int, tried: tuple[int, int, int]) -> None:
         self._postpone(self.some_poll(index).token, times, countdown_ms, tried)
 
-    def _postpone(self, token: Token, times: int, countdown_ms: int, tried: tuple[int, int, int]) -> None:
+    def _postpone(
+        self, token: Token, times: int, countdown_ms: int, tried: tuple[int, int, int], *, is_answer: bool = False
+    ) -> None:
         def server() -> str:
             self.promises.end(token)
-            result = self.timetable.postpone(token, countdown_ms, Counters(*tried, token.attempt), "E201")
+            counters = Counters(*tried, token.attempt)
+            result = self.timetable.postpone(token, countdown_ms, counters, "E201", is_answer=is_answer)
             return f"postponed {result.due_ms}" if result else "stale"
 
-        self.both("postpone", times, server, lambda: self.model.postpone(token, countdown_ms, tried))
+        self.both(
+            "postpone", times, server, lambda: self.model.postpone(token, countdown_ms, tried, is_answer=is_answer)
+        )
+
+    # -------------------------------------------------------------------------------------------- callbacks
+
+    @precondition(lambda self: self.open)
+    @rule(index=INDEX, times=TIMES, life_ms=st.sampled_from((None, None, 5 * MINUTE, -HOUR, 9 * 24 * HOUR)))
+    def accept(self, index: int, times: int, life_ms: int | None) -> None:
+        begun = self.some_poll(index)
+        promised_ms = None if life_ms is None else self.now_ms + life_ms
+        moment = None if promised_ms is None else datetime.fromtimestamp(promised_ms / 1000, UTC)
+
+        def server() -> int | None:
+            deadline_ms = self.timetable.accept(begun, moment)
+            if deadline_ms is not None:
+                self.promises.accept(begun.token, min(self.now_ms + HOLD_MS, deadline_ms))
+            return deadline_ms
+
+        self.both("accept", times, server, lambda: self.model.accept(begun.token, promised_ms))
+
+    @precondition(lambda self: self.open)
+    @rule(index=INDEX, times=TIMES, body=st.sampled_from("111223456"))
+    def receive(self, index: int, times: int, body: str) -> None:
+        token = self.some_poll(index).token
+        callback = (self.world.callback(token), body.encode(), "application/json")
+        self.both(
+            "receive",
+            times,
+            lambda: self.timetable.receive([callback], is_durable=False)[0].result,
+            lambda: self.model.receive(token, body),
+        )
+
+    @precondition(lambda self: self.model.settlings)
+    @rule(index=INDEX, is_one=st.booleans())
+    def lose_word_of_answers(self, index: int, is_one: bool) -> None:
+        """One message of them, or every one."""
+        self.event = "queue"
+        for _ in range(1 if is_one else len(self.model.settlings)):
+            message = self.store.lindex("balances.answers", index % len(self.model.settlings))
+            self.model.settlings.remove(token_in(message))
+            self.store.lrem("balances.answers", 1, message)
+
+    @precondition(lambda self: self.model.answers)
+    @rule(
+        index=INDEX,
+        times=TIMES,
+        how=st.sampled_from(("settle", "settle", "postpone", "suspended", "parked", "nothing")),
+        amount=st.sampled_from(("10", "20")),
+        is_kept=st.sampled_from((False, False, False, True)),
+    )
+    def settle_an_answer(self, index: int, times: int, how: str, amount: str, is_kept: bool) -> None:
+        """As a worker does with one body; `is_kept`: it dies before it lets go of it."""
+        tokens = sorted(
+            self.model.answers, key=lambda token: (not self.model.is_at(token, "polling", "awaiting"), *token.args)
+        )
+        token = tokens[index % len(tokens)]
+        unsettled = self.timetable.unsettled(token)
+        assert unsettled is not None
+        assert sorted(body.decode() for body in unsettled.bodies.values()) == sorted(self.model.bodies[token])
+        name, body = next(iter(unsettled.bodies.items()))
+        if how == "settle":
+            self._settle(unsettled.begun, times, f"{token.task_id} {token.attempt} {body.decode()}", ("X",), amount)
+        elif how == "postpone":
+            self._postpone(token, times, 20 * SECOND, (1, 0, 0), is_answer=True)
+        elif how != "nothing":
+            self._suspend(token, times, how, is_answer=True)
+        if is_kept or how == "nothing":
+            return
+        self.look()
+        for _ in range(times):
+            self.event = "forget"
+            self.timetable.forget_answer(token, [name])
+            self.model.forget(token, body.decode())
+
+    # -------------------------------------------------------------------------------------------- how polls fail
 
     @precondition(lambda self: self.lapsed)
     @rule(index=INDEX, times=TIMES, is_dead=st.booleans())
@@ -396,14 +489,14 @@ class TimetableMachine(RuleBasedStateMachine):
     def suspend(self, index: int, times: int, state: str) -> None:
         self._suspend(self.some_poll(index).token, times, state)
 
-    def _suspend(self, token: Token, times: int, state: str) -> None:
+    def _suspend(self, token: Token, times: int, state: str, *, is_answer: bool = False) -> None:
         queue = DeadLetterQueue.AFTER_NOTIFICATION if state == "parked" else DeadLetterQueue.RETRIES_EXHAUSTED
 
         def server() -> str:
             self.promises.end(token)
-            return named(self.timetable.suspend(token, queue, outcome("E401"), short_ms=SHORT_MS))
+            return named(self.timetable.suspend(token, queue, outcome("E401"), short_ms=SHORT_MS, is_answer=is_answer))
 
-        self.both("suspend", times, server, lambda: self.model.suspend(token, state, SHORT_MS))
+        self.both("suspend", times, server, lambda: self.model.suspend(token, state, SHORT_MS, is_answer=is_answer))
 
     @precondition(lambda self: self.open)
     @rule(index=INDEX, times=TIMES, kind=st.sampled_from(Credential))
@@ -516,6 +609,12 @@ class TimetableMachine(RuleBasedStateMachine):
         }
         assert set(everything.failed) == self.model.failed
         assert [token_in(text) for text in reversed(everything.polls)] == self.model.queue
+        assert sorted(token_in(text).args for text in everything.settlings) == sorted(
+            token.args for token in self.model.settlings
+        )
+        assert everything.answers == {
+            " ".join(map(str, token.args[1:])): at for token, at in self.model.answers.items()
+        }
         assert sorted(told_on(everything)) == sorted(self.model.events)
 
 
@@ -536,7 +635,7 @@ def accounts_on(everything: Everything) -> dict[str, object]:
     return {
         alias: (
             account["state"],
-            int(account["due"]) if account["state"] in {"scheduled", "waiting"} else None,
+            int(account["due"]) if account["state"] in {"scheduled", "waiting", "awaiting"} else None,
             "paused" in account,
             *token_of(account),
             account["login"],
@@ -551,7 +650,7 @@ def accounts_in(model: Model) -> dict[str, object]:
     return {
         alias: (
             account.state,
-            account.due_ms if account.state in {"scheduled", "waiting"} else None,
+            account.due_ms if account.state in {"scheduled", "waiting", "awaiting"} else None,
             account.is_paused,
             account.poll,
             account.attempt,

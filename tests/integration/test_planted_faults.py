@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import redis
+import test_callbacks as callbacks
 import test_timetable as rules
 from planted_faults import Patch, patched
 from servers import ValkeyServer
@@ -130,8 +131,8 @@ FAULTS = [
     Fault(
         "claim frees the place of a lapsed poll before anybody has decided",
         "claim",
-        "    return_lapsed(login, alias, a)\n    return false\n",
-        "    return_lapsed(login, alias, a)\n    free(login, held)\n    return true\n",
+        "      return_lapsed(login, alias, a)\n      return false\n",
+        "      return_lapsed(login, alias, a)\n      free(login, held)\n      return true\n",
         rules.test_a_lapsed_poll_is_returned_until_a_decision_is_applied,
     ),
     Fault(
@@ -180,9 +181,95 @@ FAULTS = [
     Fault(
         "begin answers a repeated call although the login is blocked",
         "begin",
-        "a.caller == caller and not l.blocked then",
-        "a.caller == caller then",
+        " and not l.blocked then\n  return begun()",
+        " then\n  return begun()",
         rules.test_a_caller_that_asks_again_after_a_block_gets_nothing,
+        found=False,
+    ),
+    # -------------------------------------------------------------------------------------------------- callbacks
+    Fault(
+        "accept lets the login's next account go",
+        "accept",
+        "whole(math.min(now + hold_ms, due))",
+        "whole(now)",
+        callbacks.test_the_login_is_held_for_login_hold_and_then_its_next_account_goes,
+    ),
+    Fault(
+        "accept takes a stale token",
+        "accept",
+        "if not is_begun(a, login, poll, attempt) then\n",
+        "if not a.state then\n",
+        callbacks.test_a_202_read_after_the_answer_was_settled_changes_nothing,
+    ),
+    Fault(
+        "claim lets an awaiting account drop out when its place is freed",
+        "claim",
+        "    step(alias, login, 'awaiting', tonumber(a.due))\n",
+        "",
+        callbacks.test_without_a_callback_the_deadline_is_a_lapse,
+    ),
+    Fault(
+        "claim does not push a lost settling again",
+        "claim",
+        "  push_settling(settling,",
+        "  local _ = (settling and",
+        callbacks.test_a_settling_whose_message_was_lost_is_pushed_again,
+    ),
+    Fault(
+        "claim pushes settlings again however many wait",
+        "claim",
+        "math.min(most, lost)",
+        "most",
+        rules.test_a_night_without_workers_does_not_fill_the_queue_of_answers,
+    ),
+    Fault(
+        "receive takes the same body twice",
+        "receive",
+        "  if redis.call('HEXISTS', key, 'body:' .. hash) == 1 then return 'repeated' end\n",
+        "",
+        callbacks.test_the_same_body_again_is_taken_once,
+    ),
+    Fault(
+        "receive leaves the deadline in force",
+        "receive",
+        "  void_deadline()\n",
+        "",
+        callbacks.test_once_the_answer_is_there_no_deadline_applies,
+    ),
+    Fault(
+        "receive takes any number of bodies",
+        "receive",
+        "  if tonumber(c.bodies or 0) >= MOST_BODIES then return 'full' end\n",
+        "",
+        callbacks.test_whoever_holds_the_url_cannot_fill_the_memory,
+    ),
+    Fault(
+        "forget lets go of bodies that came meanwhile",
+        "forget",
+        "if left == 0 then\n",
+        "if true then\n",
+        callbacks.test_two_bodies_of_one_token_are_settled_one_after_the_other,
+    ),
+    Fault(
+        "postpone decides although an answer is there",
+        "postpone",
+        " and (not a.answered or ARGV[10] == 'answer')",
+        "",
+        callbacks.test_once_the_answer_is_there_no_deadline_applies,
+    ),
+    Fault(
+        "suspend decides although an answer is there",
+        "suspend",
+        "local is_overtaken = a.answered and mode ~= 'blocked' and ARGV[15] ~= 'answer'",
+        "local is_overtaken = false",
+        callbacks.test_once_the_answer_is_there_no_deadline_applies,
+    ),
+    Fault(
+        "begin answers a repeated call although the poll was accepted",
+        "begin",
+        "and a.state == 'polling'\n",
+        "and a.state ~= 'dispatched'\n",
+        rules.test_a_caller_that_asks_again_after_its_poll_was_accepted_gets_nothing,
         found=False,
     ),
     # ----------------------------------------------------------------------------------------------------- settle
@@ -245,15 +332,15 @@ FAULTS = [
     Fault(
         "postpone takes a stale token",
         "postpone",
-        "local postponed = is_begun(a, login, poll, attempt)",
-        "local postponed = a.login == login",
+        "local postponed = is_begun(a, login, poll, attempt) and",
+        "local postponed = a.login == login and",
         rules.test_a_decision_on_a_lapse_comes_too_late_for_the_next_attempt,
     ),
     Fault(
         "postpone begins the wait anew when it is repeated",
         "postpone",
-        "local postponed = is_begun(a, login, poll, attempt)\n",
-        "local postponed = is_own(a, login, poll, attempt)\na.state = nil\n",
+        "if is_own(a, login, poll, attempt) and a.state == 'waiting' then\n",
+        "postponed = postponed or is_own(a, login, poll, attempt)\nif false then\n",
         rules.test_two_beats_that_judge_the_same_lapse_are_one,
     ),
     # ---------------------------------------------------------------------------------------------------- suspend
@@ -469,16 +556,12 @@ def _stays_parked(world: World) -> None:
     assert world.timetable.redrive("a") == "parked"
 
 
-def name_of(check: Check) -> str:
-    function = check.func if isinstance(check, partial) else check
-    return function.__name__
-
-
 def arguments_of(check: Check, store: redis.Redis, server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> dict:
     """What pytest would hand the test as fixtures."""
     function = check.func if isinstance(check, partial) else check
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    fixtures = {"world": World(store), "valkey_server": server, "monkeypatch": monkeypatch}
+    world = callbacks.CallbackWorld(store, "a", "b") if function.__module__ == "test_callbacks" else World(store)
+    fixtures = {"world": world, "valkey_server": server, "monkeypatch": monkeypatch}
     return {name: fixtures[name] for name in names if name in fixtures}
 
 

@@ -18,6 +18,7 @@ from world import BANK, LEASE_MS, MINUTE_MS, OUTCOMES, STREAM, Entry, World, rea
 
 from worker import timetable as module
 from worker.accounts import Accounts
+from worker.celery import settling_template
 from worker.errors import Refused, StoreUnavailable
 from worker.policy import Counters, Credential, DeadLetterQueue
 from worker.store import LOOPBACK, free_port
@@ -1628,6 +1629,84 @@ def test_dates_are_written_as_python_writes_them(store: redis.Redis) -> None:
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     written = store.eval(text, 0, *((moment - epoch) // timedelta(milliseconds=1) for moment in moments))
     assert written == [m.isoformat(timespec="milliseconds").replace("+00:00", "Z") for m in moments]
+
+
+# ----------------------------------------------------------------------------------------------- answers by callback
+
+
+def called_back(world: World, alias: str) -> Begun:
+    """The account's poll in callback mode, with its answer stored and the word of it in the queue."""
+    world.timetable._settling = settling_template()
+    begun = world.start(alias)
+    callback = (world.callback(begun.token), b"{}", "application/json")
+    assert world.timetable.receive([callback], is_durable=False)[0].result == "stored"
+    return begun
+
+
+def callback_world(world: World) -> World:
+    world.apply(read_entries(Entry("a", mode="callback"), Entry("b", "beta", mode="callback")))
+    return world
+
+
+def test_a_night_without_workers_does_not_fill_the_queue_of_answers(world: World) -> None:
+    callback_world(world)
+    called_back(world, "a")
+    called_back(world, "b")
+    for _ in range(60):
+        world.pass_time(10 * MINUTE_MS)
+        world.claim()
+    assert len(world.messages("balances.answers")) == 2
+    world.client.rpop("balances.answers")
+    world.pass_time(10 * MINUTE_MS)
+    world.claim()
+    assert len(world.messages("balances.answers")) == 2
+
+
+def test_what_an_answer_has_overtaken_is_no_end_of_the_poll(world: World) -> None:
+    """Neither a letter nor a line in its history, nor a short wait where a release came, too."""
+    token = called_back(callback_world(world), "a").token
+    world.timetable.release()
+    before = world.snapshot()
+    assert (world.suspend(token), world.park(token), world.postpone(token)) == (None, None, None)
+    changed = {key for key, value in world.snapshot().items() if value != before.get(key)}
+    assert changed <= {"login:acme", "timetable"}
+    assert world.timetable.history("a") == []
+    assert world.settle(world.known("a")).result == "published"
+
+
+def test_a_log_on_error_blocks_even_where_an_answer_is_there(world: World) -> None:
+    begun = called_back(callback_world(world), "a")
+    assert world.block(begun.token) == "blocked"
+    world.check()
+    assert world.settle(begun).result == "late"
+
+
+def test_a_caller_that_asks_again_after_its_poll_was_accepted_gets_nothing(world: World) -> None:
+    callback_world(world)
+    begun = world.start("a")
+    assert world.timetable.accept(begun, None)
+    assert world.begin(begun.token) is None
+    world.pass_time(11 * MINUTE_MS)
+    world.claim()
+    assert world.begin(begun.token) is None
+    assert world.state("a") == "awaiting"
+    world.check()
+
+
+def test_an_account_that_awaits_probes_only_where_there_is_no_other(world: World) -> None:
+    world.apply(read_entries(Entry("a", mode="callback"), Entry("b", mode="callback")))
+    begun = world.start("a")
+    world.timetable.accept(begun, None)
+    world.pass_time(11 * MINUTE_MS)
+    world.workers(0)
+    world.claim()
+    world.workers(100)
+    world.block(world.token("b"))
+    world.timetable.unblock("acme")
+    world.pass_time(15 * MINUTE_MS)
+    world.claim()
+    world.check()
+    assert in_flight(world) == "b"
 
 
 # ---------------------------------------------------------------------------------------------------- a server in need

@@ -79,6 +79,7 @@ class Entry:
     number: str = ""
     every: str = "15m"
     institution: str = BANK
+    mode: str = "sync"
 
 
 def read_entries(*entries: Entry, head: str = "") -> Accounts:
@@ -91,11 +92,11 @@ def read_entries(*entries: Entry, head: str = "") -> Accounts:
             login=entry.login,
             every=entry.every,
             institution=entry.institution,
-            more="",
+            more=f'mode = "{entry.mode}"',
         )
         for entry in entries
     )
-    return parse_accounts((head + logins + tables).encode(), "accounts.toml", callback_configured=False)
+    return parse_accounts((head + logins + tables).encode(), "accounts.toml", callback_configured=True)
 
 
 OUTCOMES = {
@@ -285,6 +286,7 @@ class Everything:
     parked: set[str]
     failed: dict[str, str]
     polls: list[str]
+    settlings: list[str]
     letters: dict[DeadLetterQueue, list[str]]
     events: list[tuple[str, dict[str, str]]]
     logins: dict[str, dict[str, str]]
@@ -300,10 +302,10 @@ class Everything:
             pipeline.hgetall(key)
         for key in ("logins", "parked"):
             pipeline.smembers(key)
-        for key in ("balances.polls", *DeadLetterQueue):
+        for key in ("balances.polls", "balances.answers", *DeadLetterQueue):
             pipeline.lrange(key, 0, -1)
         pipeline.xrange(STREAM)
-        timetable, answers, revisions, failed, logins, parked, polls, *letters, events = pipeline.execute()
+        timetable, answers, revisions, failed, logins, parked, polls, settlings, *letters, events = pipeline.execute()
         names, aliases = sorted(logins), sorted(revisions)
         for name in names:
             pipeline.hgetall(f"login:{name}")
@@ -319,6 +321,7 @@ class Everything:
             parked=parked,
             failed=failed,
             polls=polls,
+            settlings=settlings,
             letters=dict(zip(DeadLetterQueue, letters, strict=True)),
             events=events,
             logins=dict(zip(names, of_logins[::2], strict=True)),
@@ -356,7 +359,7 @@ class Everything:
         if state in {"dispatched", "polling"} and "answered" not in account:
             assert is_holding, (alias, account, holder)
             assert ("begun" in login) == (state == "polling"), (alias, account, login)
-        if state == "awaiting" and "answered" in account:
+        if state in {"polling", "awaiting"} and "answered" in account:
             assert f"{alias} {account['poll']} {account['attempt']}" in self.answers
         if state == "dispatched":
             assert "paused" not in account, (alias, account)

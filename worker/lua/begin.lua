@@ -7,7 +7,8 @@
 -- Returns { "begun", now, lease_ms, generation, definition, retry, limits, tries, waits, losses, last_outcome }
 --      or { "refused", kind, times }: that credential already failed; still dispatched, sent again later
 --      or { "scheme", scheme }: the login's scheme is another one; nothing was begun
---      or { "stale" }: another token, or already begun; also a repeated call where the login was blocked meanwhile
+--      or { "stale" }: another token, or already begun; also a repeated call where the login was blocked, its place
+--         freed, or the poll accepted meanwhile
 
 local login, alias, poll, attempt, caller = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local fingerprints = { bank = ARGV[7], key = ARGV[8] }
@@ -40,8 +41,9 @@ local function refuse(kind)
   return { 'refused', kind, times }
 end
 
-local l = fields(login_key, 'blocked', 'begun', 'scheme')
-if is_begun(a, login, poll, attempt) and a.caller == caller and not l.blocked then
+local l = fields(login_key, 'blocked', 'holder', 'begun', 'scheme')
+local polling = is_own(a, login, poll, attempt) and a.state == 'polling'
+if polling and a.caller == caller and l.holder == held and not l.blocked then
   return begun()
 end
 if not is_dispatched(a, login, poll, attempt) then

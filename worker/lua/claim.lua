@@ -103,8 +103,10 @@ end
 for i = 1, #messages, 1000 do
   redis.call('LPUSH', QUEUE, unpack(messages, i, math.min(i + 999, #messages)))
 end
--- Rule 8: an answer whose settling was lost is pushed again, whatever became of its account.
-for _, id in ipairs(redis.call('ZRANGE', 'answers', '-inf', whole(now), 'BYSCORE', 'LIMIT', 0, most)) do
+-- Rule 8: an answer whose settling was lost is pushed again, whatever became of its account; but never more messages
+-- than answers, or a night without workers would fill the memory with them.
+local lost = math.max(0, redis.call('ZCARD', 'answers') - redis.call('LLEN', ANSWERS))
+for _, id in ipairs(redis.call('ZRANGE', 'answers', '-inf', whole(now), 'BYSCORE', 'LIMIT', 0, math.min(most, lost))) do
   local alias, poll, attempt = string.match(id, '^(%S+) (%S+) (%S+)$')
   push_settling(settling, redis.call('HGET', 'answer:' .. id, 'login'), alias, poll, attempt)
   redis.call('ZADD', 'answers', whole(now + again_ms), id)

@@ -18,7 +18,9 @@ local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'institution', 'begun_at', 'first_at', 'releases', 'due',
   'answered')
 local own = is_own(a, login, poll, attempt)
-local begun, dispatched = is_begun(a, login, poll, attempt), is_dispatched(a, login, poll, attempt)
+local is_overtaken = a.answered and mode ~= 'blocked' and ARGV[15] ~= 'answer'
+local begun = is_begun(a, login, poll, attempt) and not is_overtaken
+local dispatched = is_dispatched(a, login, poll, attempt)
 
 local function explain(letter_key, accounts)
   local first_at = own and tonumber(a.first_at) or now
@@ -55,7 +57,7 @@ end
 local function suspend_account()
   if own and a.state == mode then return { mode } end
   if mode == 'parked' and own and a.releases and was_released_since() then return wait_shortly() end
-  if not begun or (a.answered and ARGV[15] ~= 'answer') then return stale() end
+  if not begun then return stale() end
   explain(key, nil)
   redis.call('HSET', key, 'state', mode, 'queue', queue, 'last_outcome', code, 'suspended_at', whole(now))
   redis.call('ZREM', 'due:' .. login, alias)
