@@ -17,8 +17,11 @@ from worker.credentials import CredentialStore
 from worker.errors import Refused
 from worker.policy import DeadLetterQueue
 from worker.settings import Settings, format_duration
+from worker.stream import group_lag
 from worker.timetable import Timetable
 
+#: The share of the stream's retention that a consumer group may be behind.
+LARGEST_LAG = 0.5
 #: The oldest servers that have what the scripts use (sharded Lua, XADD MINID, WAITAOF).
 OLDEST = {"redis": (7, 2), "valkey": (8, 0)}
 
@@ -412,9 +415,27 @@ def sync(settings: Settings, timetable: Timetable, *, force: bool) -> tuple[Acco
 def check(settings: Settings, accounts: Accounts, credentials: CredentialStore, client: redis.Redis) -> list[Finding]:
     """Looks at everything that must be right before, and while, the processes run. The configuration was read."""
     findings = [Finding("configuration", True, f"{len(accounts.definitions)} accounts in {settings.accounts_path}")]
+    findings += _check_limits(accounts)
     findings += _check_secrets(accounts, credentials)
     findings += check_server(client)
+    if findings[-1].name != "server":  # it could be asked
+        findings += _check_groups(client, settings.stream)
     return findings
+
+
+def _check_limits(accounts: Accounts) -> Iterator[Finding]:
+    """A limit that is written down and does nothing is worse than none."""
+    for name in ("rate", "daily_requests"):
+        if getattr(accounts.limits, name) is not None:
+            yield Finding("limits", False, f"limits.{name} is read, but not enforced yet; leave it out")
+
+
+def _check_groups(client: redis.Redis, stream: str) -> Iterator[Finding]:
+    """Whether a consumer group is about to fall off the end of the stream, which waits for nobody."""
+    for lag in group_lag(client, stream):
+        is_right = lag.share <= LARGEST_LAG and not lag.lost
+        detail = f"{lag.group} has used {lag.share:.0%} of the retention, {lag.lost} entries lost"
+        yield Finding("consumer group", is_right, detail)
 
 
 def _check_secrets(accounts: Accounts, credentials: CredentialStore) -> Iterator[Finding]:

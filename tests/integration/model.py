@@ -251,7 +251,8 @@ class Model:
         life_span_ms = LIFE_SPAN_MS if promised_ms is None else promised_ms - self.now_ms
         account.state = "awaiting"
         account.due_ms = self.now_ms + max(0, min(life_span_ms, 2 * DAY_MS)) + GRACE_MS
-        login.until_ms = min(self.now_ms + HOLD_MS, account.due_ms)
+        if login.holder == token:
+            login.until_ms = min(self.now_ms + HOLD_MS, account.due_ms)
         return account.due_ms
 
     def receive(self, token: Token, body: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from servers import ValkeyServer
 from world import EVERY_S, STREAM, World, accounts_file, read
 
 from worker import ops
-from worker.accounts import parse_accounts
+from worker.accounts import Limits, parse_accounts
 from worker.credentials import CredentialStore
 from worker.errors import Refused
 from worker.policy import Credential
@@ -393,6 +393,19 @@ def test_check_finds_a_server_that_evicts(settings: Settings, tmp_path: Path) ->
         found = findings(settings, client)
     assert found["eviction"] == (False, "maxmemory-policy is allkeys-lru; it must be noeviction")
     assert found["persistence"][0]
+
+
+def test_check_finds_a_group_that_falls_behind_and_a_limit_that_nobody_enforces(
+    settings: Settings, store: redis.Redis, world: World
+) -> None:
+    world.settle(world.start("one"))
+    store.xgroup_create(STREAM, "ledger", "0")
+    assert findings(settings, store)["consumer group"][0]
+    store.hset("config", "retention_ms", 1)
+    assert findings(settings, store)["consumer group"][0] is False
+    limited = replace(read("one"), limits=Limits(rate=60))
+    found = ops.check(settings, limited, CredentialStore({}, None), store)
+    assert "limits.rate" in next(finding.detail for finding in found if finding.name == "limits")
 
 
 def test_check_finds_a_server_that_does_not_answer(settings: Settings) -> None:

@@ -1693,6 +1693,22 @@ def test_a_caller_that_asks_again_after_its_poll_was_accepted_gets_nothing(world
     world.check()
 
 
+def test_a_202_read_after_the_place_was_freed_does_not_touch_the_next_ones_lease(world: World) -> None:
+    """The answer came first, nobody settled it until the lease was over, and the worker that was frozen wakes up."""
+    world.apply(read_entries(Entry("a", mode="callback"), Entry("b", mode="callback")))
+    begun = called_back(world, "a")
+    world.pass_time(LEASE_MS + 1)
+    world.claim()
+    world.check()
+    world.due_now("b")
+    world.claim()
+    assert in_flight(world) == "b"
+    until = world.login()["until"]
+    assert world.timetable.accept(begun, None)
+    assert world.login()["until"] == until
+    world.check()
+
+
 def test_an_account_that_awaits_probes_only_where_there_is_no_other(world: World) -> None:
     world.apply(read_entries(Entry("a", mode="callback"), Entry("b", mode="callback")))
     begun = world.start("a")

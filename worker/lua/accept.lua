@@ -27,7 +27,10 @@ if not is_begun(a, login, poll, attempt) then
 end
 local due = deadline()
 redis.call('HSET', key, 'state', 'awaiting', 'due', whole(due))
-redis.call('HSET', 'login:' .. login, 'until', whole(math.min(now + hold_ms, due)))
+-- Where the answer is there already, the place may be another account's by now.
+if redis.call('HGET', 'login:' .. login, 'holder') == token(alias, poll, attempt) then
+  redis.call('HSET', 'login:' .. login, 'until', whole(math.min(now + hold_ms, due)))
+end
 if a.callback then redis.call('PEXPIRE', 'callback:' .. a.callback, whole(due - now + LONGEST_MS)) end
 place(login)
 return { 'awaiting', whole(due) }
