@@ -30,3 +30,8 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest -n 4 --dist loadfile
+
+# Not part of `test`: ten minutes unless told otherwise, e.g. `make torture SECONDS=180 SEED=3`. See docs/reliability.md.
+.PHONY: torture
+torture: setup
+	$(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1) $(if $(REPORT),--report $(REPORT))

@@ -55,18 +55,28 @@ class TimetableScheduler(Scheduler):
     """Claims what is due in the timetable, at the latest every second."""
 
     _is_away = False
+    _is_set_up = False
 
     def setup_schedule(self) -> None:
-        """Reads everything that could be wrong before beat says that it has started."""
+        """Reads everything that could be wrong before beat says that it has started; without a server, as it comes."""
+        try:
+            self._set_up()
+        except StoreUnavailable as error:
+            self._say_away(str(error))
+        super().setup_schedule()
+
+    def _set_up(self) -> None:
         with exiting_on_mistakes():
             self._wiring: Wiring = wiring()
             self._definitions = DefinitionsFile(self._wiring)
-        super().setup_schedule()
+        self._is_set_up = True
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """One round; returns the seconds to sleep."""
         own_s = super().tick(*args, **kwargs)
         try:
+            if not self._is_set_up:
+                self._set_up()
             self._definitions.apply_when_changed()
             sleep_s = self.claim()
         except StoreUnavailable as error:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import secrets
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ BODY_DEADLINE_S = 10.0
 #: Callbacks that wait for one confirmation together; beyond that a sender is asked to come again.
 BATCH = 200
 WAITING_LIMIT = 2_000
+#: Pause between two looks for a server that is away at the start.
+PAUSE_S = 0.5
 #: What a sender is told when an answer could not be confirmed.
 RETRY_AFTER_S = 5
 #: A token as `secrets.token_urlsafe(32)` makes it; anything else is nobody's.
@@ -302,11 +305,24 @@ def is_durable(wiring: Wiring) -> bool:
     return True
 
 
+def until_wired() -> Wiring:
+    """The wiring, as soon as the server is there: a webhook that starts while it is away waits for it."""
+    is_told = False
+    while True:
+        try:
+            return wiring()
+        except StoreUnavailable as error:
+            if not is_told:
+                log.error("the server is away", reason=str(error))
+            is_told = True
+            time.sleep(PAUSE_S)
+
+
 def main() -> None:
     """Serves until SIGTERM or SIGINT, then finishes what was begun."""
     logs.configure()
     with exiting_on_mistakes():
-        parts = wiring()
+        parts = until_wired()
         settings = parts.settings
         check_ports(settings.host, {"BALANCES_WEBHOOK_PORT": settings.webhook_port})
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -36,9 +36,9 @@ def test_a_server_killed_twice_takes_no_process_and_no_poll_with_it(tmp_path: Pa
         until_settled(machine, in_flight)
 
         in_flight = until_in_flight(machine)
+        waited_before = len(worker.said("waiting for the server"))
         machine.server.kill()
-        machine.sandbox.wait_for(len(in_flight), since=min(in_flight) - 1)  # the answers find no server
-        until_answered(machine, in_flight)
+        until_waited_for(worker, waited_before)
         machine.server.start()
         assert seconds_until_polled(machine) <= 5.0
         until_settled(machine, in_flight)
@@ -69,12 +69,13 @@ def until_in_flight(machine: Machine) -> dict[int, str]:
     return found()
 
 
-def until_answered(machine: Machine, in_flight: dict[int, str]) -> None:
-    def answered() -> bool:
-        ended = {request["seq"] for request in machine.sandbox.requests(ended=1)}
-        return in_flight.keys() <= ended
+def until_waited_for(worker: Process, before: int) -> None:
+    """The bank has answered all of them, and every answer has found no server to go to."""
 
-    wait_until(answered, PATIENCE_S, "the bank's answers")
+    def waiting() -> set[str]:
+        return {entry["account"] for entry in worker.said("waiting for the server")[before:]}
+
+    wait_until(lambda: waiting() >= set(SLOW), PATIENCE_S, "answers that wait for the server")
 
 
 def until_settled(machine: Machine, in_flight: dict[int, str]) -> None:
@@ -116,7 +117,7 @@ def test_a_worker_told_to_stop_finishes_what_it_can_and_names_what_it_cuts_off(t
         start_s = time.monotonic()
         assert worker.stop() == 0
         took_s = time.monotonic() - start_s
-        assert 1.5 < took_s < 2.0 + 3.0
+        assert 1.5 < took_s < 10.0, "the polls that hang decided, not the grace period"
         assert len(machine.entries("short")) == 1
         [said] = worker.said("cut off at the end of the grace period")
         assert said["tasks"] == sorted(f"{alias}.{machine.account(alias)['poll']}" for alias in hanging)

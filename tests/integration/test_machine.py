@@ -745,4 +745,5 @@ def test_the_scripts_do_what_the_model_does_and_keep_every_promise(store: redis.
 def test_the_same_for_more_than_ten_thousand_steps(store: redis.Redis) -> None:
     TimetableMachine.steps = 0
     run(store, profile(400, 60))
+    print(f"{TimetableMachine.steps} steps")
     assert TimetableMachine.steps > 10_000

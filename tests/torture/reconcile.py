@@ -1,6 +1,7 @@
 """Compare what the bank was asked with what went out and what was decided: every request is exactly one of these.
 
-    published   its operation is on the stream once, in time     late       on the stream once, its token was not current
+    published   its operation is on the stream once, in time
+    late        its operation is on the stream once, marked late: its token was not current any more
     failed      a decision followed: the account's history says which (TIMEOUT, E201, LIFESPAN_EXCEEDED, …)
     overtaken   the worker decided too late, and says so in its log; beat had decided instead (LOST)
     abandoned   nobody could tell what came of it: beat decided LOST, and its very worker was **killed** or **frozen**
@@ -19,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 #: Clocks are compared in seconds of one machine: the bank's to the millisecond, and rounding is not an offence.
@@ -216,7 +218,7 @@ class Evidence:
         return [
             (first, second)
             for requests in of_login.values()
-            for first, second in zip(requests, requests[1:], strict=False)
+            for first, second in pairwise(requests)
             if first.session_end_s(self.hold_s) > second.started_s + ROUNDING_S
             and not self._is_abandoned(first, second.started_s)
             and not self._is_abandoned(second, second.started_s)
@@ -230,14 +232,28 @@ class Evidence:
         is_killed = asked.is_callback and life.was_killed(asked.started_s - ROUNDING_S, until_s)
         return is_killed or life.was_frozen(start_s, until_s)
 
-    def sent_twice(self) -> list[tuple[Asked, Attempt]]:
-        """Requests beyond the first of one attempt."""
-        seen: set[Attempt] = set()
+    def sent_twice(self) -> list[tuple[Asked, Asked]]:
+        """Requests of one attempt, but for those of a worker that froze just before it sent."""
+        first_of: dict[Attempt, Asked] = {}
         twice = []
         for asked in sorted(self.requests, key=lambda each: each.started_s):
             attempt = self.attempt_of(asked)
-            if attempt in seen:
-                twice.append((asked, attempt))
-            if attempt is not None:
-                seen.add(attempt)
+            if attempt is None or self._is_abandoned(asked, asked.started_s):
+                continue
+            if attempt in first_of:
+                twice.append((first_of[attempt], asked))
+            first_of[attempt] = asked
         return twice
+
+    def unbegun(self) -> list[Asked]:
+        """Requests that no attempt explains, with the same exception."""
+        return [
+            asked
+            for asked in self.requests
+            if self.attempt_of(asked) is None and not self._is_abandoned(asked, asked.started_s)
+        ]
+
+    def unpublished(self) -> list[Attempt]:
+        """Attempts that ended well, as the timetable says, and whose balance is not on the stream in time."""
+        there = {(entry["account"], str(entry["poll"])) for entry in self.entries if not entry["late"]}
+        return [each for each in self.attempts if each.outcome == "ok" and (each.alias, each.poll) not in there]
