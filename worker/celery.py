@@ -19,6 +19,7 @@ from typing import Any
 
 import celery.apps.worker as celery_worker
 from celery import Celery, signals
+from celery.app.amqp import AMQP
 from kombu import Connection, Exchange, Queue
 
 from worker import logs
@@ -114,7 +115,20 @@ def exiting_on_mistakes() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-app = Celery("balances", include=["worker.tasks", "worker.lifecycle"])
+class SteadyConnection(Connection):
+    """A connection that comes back a second after its server; Celery's pause grows to thirty."""
+
+    def ensure_connection(self, *args: Any, **kwargs: Any) -> Any:
+        return super().ensure_connection(*args, **{"interval_start": 1, "interval_step": 0, **kwargs})
+
+
+class Amqp(AMQP):
+    """Celery's broker side, with that connection."""
+
+    Connection = SteadyConnection
+
+
+app = Celery("balances", amqp=Amqp, include=["worker.tasks", "worker.lifecycle"])
 app.add_defaults(configuration)
 
 
