@@ -17,6 +17,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from functools import partial
@@ -50,6 +51,7 @@ class Ledger:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        self._started_s = time.monotonic()
         command = tethered([sys.executable, str(EXAMPLE), self._url, str(self.file)])
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -58,6 +60,11 @@ class Ledger:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def is_reading(self, client: redis.Redis) -> bool:
+        """Whether the present process has read: only then does it know what to do at SIGTERM."""
+        age_ms = (time.monotonic() - self._started_s) * 1000
+        return any(consumer["idle"] < age_ms for consumer in client.xinfo_consumers(STREAM, "sqlite"))
 
     def stop(self) -> int:
         """SIGTERM, and how it ended."""
@@ -115,6 +122,7 @@ def test_every_operation_is_in_the_ledger_once_whatever_is_killed(server: Valkey
         wait_until(lambda: ledger.count() == OPERATIONS, 30, "every operation")
         with server.client() as client:
             wait_until(lambda: is_done(client), what="every acknowledgement")
+            wait_until(lambda: ledger.is_reading(client), what="a ledger that reads")
             assert ledger.stop() == 0
             assert client.xlen(f"{STREAM}.dead") == 0
             assert validate_stream(client) == OPERATIONS
