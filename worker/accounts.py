@@ -245,6 +245,11 @@ class Accounts:
     logins: dict[str, Login]
     digest: str
 
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of every login that an account uses: what secrets are needed."""
+        return {login: self.logins[login].scheme for login in {d.login for d in self.definitions.values()}}
+
 
 def load_accounts(path: Path, *, callback_configured: bool) -> Accounts:
     """The accounts that the file names. Raises ConfigurationError with every mistake in it."""

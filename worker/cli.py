@@ -33,7 +33,7 @@ from worker.history import draw
 from worker.live import Screen
 from worker.policy import DeadLetterQueue
 from worker.processes import printer
-from worker.sandbox import PortUnavailable, serve
+from worker.sandbox import PortUnavailable, sandbox_secrets, serve
 from worker.settings import Settings, load_settings
 from worker.store import EmbeddedStore
 from worker.stream import last_id, read
@@ -311,8 +311,6 @@ def check(is_json: bool) -> None:
 
 def environment(settings: Settings) -> dict[str, str]:
     """The environment, with the sandbox's own secrets where the sandbox is what is configured."""
-    from worker.sandbox import sandbox_secrets
-
     return {**os.environ, **(sandbox_secrets() if settings.is_sandbox else {})}
 
 

@@ -439,14 +439,13 @@ def _check_groups(client: redis.Redis, stream: str) -> Iterator[Finding]:
 
 
 def _check_secrets(accounts: Accounts, credentials: CredentialStore) -> Iterator[Finding]:
-    schemes = {login: accounts.logins[login].scheme for login in {d.login for d in accounts.definitions.values()}}
-    problems = credentials.problems(schemes)
+    problems = credentials.problems(accounts.schemes)
     for problem in problems:
         yield Finding("secrets", False, str(problem))
     for warning in credentials.warnings():
         yield Finding("secrets", False, warning)
     if not problems:
-        yield Finding("secrets", True, f"found for {len(schemes)} logins")
+        yield Finding("secrets", True, f"found for {len(accounts.schemes)} logins")
 
 
 def check_server(client: redis.Redis) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ types and one exception. It decides nothing: `worker.policy` does.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,7 +53,7 @@ SETTLE_AGAIN_MS = 60_000
 CONFIRM_MS = 3_000
 #: What a worker offers to begin with in place of a credential that it does not have.
 MISSING = "missing"
-#: The server's refusals that pass by themselves, or by an operator's hand, without anything being wrong here.
+#: What redis-py raises for a server that is away, or does not work now.
 _AWAY = (
     redis.ConnectionError,
     redis.TimeoutError,
@@ -61,6 +62,7 @@ _AWAY = (
     ReadOnlyError,
     ClusterDownError,
 )
+#: The server's refusals that pass by themselves, or by an operator's hand, without anything being wrong here.
 _PASSING = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY ")
 
 T = TypeVar("T")
@@ -482,8 +484,6 @@ class Timetable:
 
     def salt(self) -> bytes:
         """The one salt of all credential fingerprints, made by whoever asks first."""
-        import secrets
-
         _guard(lambda: self.client.set("salt", secrets.token_hex(16), nx=True))
         return bytes.fromhex(cast(str, _guard(lambda: self.client.get("salt"))))
 
@@ -556,10 +556,6 @@ class Timetable:
         pipeline.get("clock:offset")
         (seconds, micros), offset = _guard(pipeline.execute)
         return int(seconds * 1000 + micros // 1000 + int(offset or 0))
-
-    def is_clock_moved(self) -> bool:
-        """Whether a test moves the clock, which nothing in production may do."""
-        return bool(_guard(lambda: self.client.exists("clock:offset")))
 
     def accounts(self, aliases: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
         """Every defined account (or those named), sorted, with the fields of its hash; an unknown one has none."""

@@ -126,9 +126,7 @@ class Machine:
         return ports
 
     def _check_secrets(self) -> None:
-        used = {definition.login for definition in self.accounts.definitions.values()}
-        schemes = {login: self.accounts.logins[login].scheme for login in used}
-        problems = CredentialStore(self.env, self.settings.secrets_dir).problems(schemes)
+        problems = CredentialStore(self.env, self.settings.secrets_dir).problems(self.accounts.schemes)
         if problems:
             raise ConfigurationError(problems)
 
