@@ -43,13 +43,13 @@ def test_a_worker_whose_threads_are_all_busy_is_green(tmp_path: Path) -> None:
         machine.requests("busy", 1, ended=False)
         machine.kick("waits")
         wait_until(lambda: machine.store.llen(POLLS), PATIENCE_S, "a message in the queue")
-        looks = registrations(machine, worker)
-        wait_until(lambda: registrations(machine, worker) > looks + STALLED_LOOKS * PRESENT_EVERY_S, STALLED_WITHIN_S)
+        long_enough = believed_until(machine, worker) + (STALLED_LOOKS + 2) * PRESENT_EVERY_S
+        wait_until(lambda: believed_until(machine, worker) > long_enough, STALLED_WITHIN_S, "a worker still present")
         assert machine.store.llen(POLLS) == 1
         assert machine.is_ready("worker")
 
 
-def registrations(machine: Machine, worker: Process) -> float:
+def believed_until(machine: Machine, worker: Process) -> float:
     """Until when the worker is believed, in seconds: grows with every look that finds it at work."""
     (until_ms,) = (
         at for name, at in machine.store.zrange("workers", 0, -1, withscores=True) if f":{worker.pid} " in name
