@@ -1,4 +1,4 @@
-"""Programs that only some machines have: without one, a test is skipped on a laptop and fails in CI, which installs it."""
+"""Programs that only some machines have: without one, a test is skipped on a laptop and fails in CI."""
 
 from __future__ import annotations
 

@@ -485,9 +485,8 @@ class Timetable:
     def workers(self) -> dict[str, int]:
         """Every worker that is believed to be alive: name → how many polls it can run at once, 0 for a settler."""
         seconds, micros = _guard(self.client.time)
-        alive = cast(
-            list[str], _guard(lambda: self.client.zrangebyscore("workers", seconds * 1000 + micros // 1000, "+inf"))
-        )
+        now_ms = seconds * 1000 + micros // 1000
+        alive = cast(list[str], _guard(lambda: self.client.zrange("workers", now_ms, "+inf", byscore=True)))
         return {name: int(threads) for name, threads in (member.rsplit(" ", 1) for member in alive)}
 
     def waiting(self, queue: str) -> int:
