@@ -1,7 +1,7 @@
-"""Say whether a process of this host does its work, for probes: one line, exit 0 or 1. Quick, so it loads no Celery.
+"""Say in one line and by exit 0 or 1 whether a process of this host does its work. Quick, so it loads no Celery.
 
-    python -m worker.health beat | worker | settler           ready: it works, and Redis is there
-    python -m worker.health beat | worker | settler --alive   the same, but while Redis is away nobody is to blame
+    python -m worker.health beat|worker|settler           ready: it works, and Redis is there
+    python -m worker.health beat|worker|settler --alive   the same, but while Redis is away nobody is to blame
 
 What Redis knows is enough: when a beat last claimed, and which workers are present (`worker.lifecycle`): one that is
 frozen, or lives on and takes nothing, is not. The webhook is asked by HTTP: `/healthz` (alive) and `/readyz`.
@@ -21,7 +21,7 @@ from worker.timetable import Timetable, connect
 
 #: A beat claims every second; applying a large accounts file takes it some seconds.
 CLAIM_WITHIN_S = 60
-#: A probe answers within this, whatever hangs: a name that is not resolved, a server that accepts and is mute.
+#: A check answers within this, whatever hangs: a name that is not resolved, a server that accepts and is mute.
 DEADLINE_S = 5.0
 
 
@@ -80,7 +80,7 @@ def examine(process: str) -> Health:
 
 
 def within(deadline_s: float, process: str) -> Health:
-    """The same, but it never takes longer: a probe that runs out of time counts as failed, and kills."""
+    """The same, but it never takes longer: a check that runs out of time counts as failed, and kills."""
     found: list[Health] = []
     thread = threading.Thread(target=lambda: found.append(examine(process)), daemon=True)
     thread.start()

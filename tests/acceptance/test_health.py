@@ -1,4 +1,4 @@
-"""What a probe says of real processes: at work, idle, frozen, and without a server; see also test_stalled.py."""
+"""What a health check says of real processes: at work, idle, frozen, and without a server; see also test_stalled.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from checked import CheckedMachine
 from machine import PATIENCE_S, Account, Process
-from probed import Probed
 from servers import wait_until
 
 from worker.health import CLAIM_WITHIN_S
@@ -23,8 +23,8 @@ SETTLER = ("-n", "settler@%h", "-Q", "balances.answers", "-c", "2")
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Probed]:
-    with Probed(tmp_path, [Account("acme")]) as machine:
+def machine(tmp_path: Path) -> Iterator[CheckedMachine]:
+    with CheckedMachine(tmp_path, [Account("acme")]) as machine:
         yield machine
 
 
@@ -37,12 +37,14 @@ def frozen(process: Process) -> Iterator[None]:
         process.thaw()
 
 
-def test_an_idle_worker_is_green_a_frozen_one_is_red_and_without_a_server_nobody_is_killed(machine: Probed) -> None:
-    assert machine.probe("worker") == machine.probe("worker", "--alive")
-    assert "no worker" in machine.probe("worker")[1]
+def test_an_idle_worker_is_green_a_frozen_one_red_and_without_a_server_nobody_is_killed(
+    machine: CheckedMachine,
+) -> None:
+    assert machine.check("worker") == machine.check("worker", "--alive")
+    assert "no worker" in machine.check("worker")[1]
     beat, worker, settler = machine.beat(), machine.worker(), machine.worker("settler", *SETTLER)
     for process in ("beat", "worker", "settler"):
-        assert machine.is_ready(process), machine.probe(process)
+        assert machine.is_ready(process), machine.check(process)
         assert machine.is_alive(process)
 
     with frozen(worker):
@@ -60,12 +62,12 @@ def test_an_idle_worker_is_green_a_frozen_one_is_red_and_without_a_server_nobody
     machine.server.kill()
     for process in ("beat", "worker", "settler"):
         assert not machine.is_ready(process)
-        assert machine.is_alive(process), machine.probe(process, "--alive")
+        assert machine.is_alive(process), machine.check(process, "--alive")
     machine.server.start()
     assert all(process.is_alive for process in (beat, worker, settler))
 
 
-def test_a_server_that_is_mute_blames_nobody_and_holds_no_probe(tmp_path: Path) -> None:
+def test_a_server_that_is_mute_blames_nobody_and_holds_no_check(tmp_path: Path) -> None:
     with socket.create_server((LOOPBACK, free_port())) as mute:
         port = mute.getsockname()[1]
         env = {**os.environ, "BALANCES_REDIS_URL": f"redis://{LOOPBACK}:{port}/0"}
@@ -90,6 +92,6 @@ def test_a_mistake_in_the_settings_is_named(tmp_path: Path) -> None:
     assert run.stdout.startswith("worker: BALANCES_GRACE: ")
 
 
-def test_a_probe_loads_no_celery() -> None:
+def test_a_check_loads_no_celery() -> None:
     code = "import sys, worker.health; sys.exit(bool({'celery', 'kombu', 'requests'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE_S).returncode == 0

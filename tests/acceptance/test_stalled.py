@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from checked import CheckedMachine
 from machine import PATIENCE_S, Account, Machine, Process
-from probed import Probed
 from servers import wait_until
 
 from worker.lifecycle import PRESENT_EVERY_S, STALLED_LOOKS
@@ -15,7 +15,7 @@ STALLED_WITHIN_S = STALLED_LOOKS * PRESENT_EVERY_S + PATIENCE_S
 
 
 def test_a_worker_that_takes_nothing_while_messages_wait_is_red_until_it_takes_them(tmp_path: Path) -> None:
-    with Probed(tmp_path, [Account("acme")]) as machine:
+    with CheckedMachine(tmp_path, [Account("acme")]) as machine:
         machine.beat()
         worker = machine.worker()
         assert machine.celery("control", "cancel_consumer", POLLS).returncode == 0
@@ -36,7 +36,7 @@ def test_a_worker_that_takes_nothing_while_messages_wait_is_red_until_it_takes_t
 
 def test_a_worker_whose_threads_are_all_busy_is_green(tmp_path: Path) -> None:
     accounts = [Account("busy", ("hang",)), Account("waits")]
-    with Probed(tmp_path, accounts, limits={"request_deadline": "60s"}) as machine:
+    with CheckedMachine(tmp_path, accounts, limits={"request_deadline": "60s"}) as machine:
         worker = machine.worker(BALANCES_CONCURRENCY="1")
         machine.beat()
         machine.kick("busy")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -258,7 +260,8 @@ def test_composes_store_asks_for_the_password_and_keeps_an_append_only_file(tmp_
     }.items():
         assert there in script
         script = script.replace(there, here)
-    process = subprocess.Popen(tethered([*shell, script]), stdout=subprocess.DEVNULL)
+    # a session of its own: the shell runs the server beside itself
+    process = subprocess.Popen(tethered([*shell, script]), stdout=subprocess.DEVNULL, start_new_session=True)
     client = redis.Redis(host=LOOPBACK, port=port, password="canary-password", decode_responses=True)
     try:
         wait_until(lambda: answers(client), what="the store")
@@ -268,7 +271,7 @@ def test_composes_store_asks_for_the_password_and_keeps_an_append_only_file(tmp_
             stranger.ping()
         assert "canary-password" not in ran("ps", "-eo", "args")
     finally:
-        client.shutdown(nosave=True)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         client.close()
 

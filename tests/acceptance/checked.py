@@ -1,4 +1,4 @@
-"""A machine whose processes can be probed."""
+"""A machine whose processes can be asked for their health."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from machine import PATIENCE_S, Machine
 
 
-class Probed(Machine):
-    """A machine whose processes can be probed, as an orchestrator does it."""
+class CheckedMachine(Machine):
+    """A machine whose processes can be asked for their health, as an orchestrator does it."""
 
-    def probe(self, process: str, *options: str) -> tuple[bool, str]:
+    def check(self, process: str, *options: str) -> tuple[bool, str]:
         """Whether it is green, and the reason."""
         run = subprocess.run(
             [sys.executable, "-m", "worker.health", process, *options],
@@ -26,7 +26,7 @@ class Probed(Machine):
         return run.returncode == 0, run.stdout
 
     def is_ready(self, process: str) -> bool:
-        return self.probe(process)[0]
+        return self.check(process)[0]
 
     def is_alive(self, process: str) -> bool:
-        return self.probe(process, "--alive")[0]
+        return self.check(process, "--alive")[0]
