@@ -1,6 +1,8 @@
 """Come and go as a worker: refuse to start without secrets, say how much room there is, leave within the grace period.
 
 start ─▶ secrets there? ─▶ present every 5 s, new secrets looked for ─▶ SIGTERM ─▶ gone after the grace period
+
+Present is only who works: a worker whose thread is free while messages wait, and that takes none, says nothing.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import structlog
@@ -18,7 +21,7 @@ from worker.celery import Wiring, exiting_on_mistakes, wiring
 from worker.credentials import Credentials, Fingerprints, fingerprints
 from worker.errors import ConfigurationError, MissingSecret, StoreUnavailable
 from worker.policy import Credential
-from worker.timetable import POLLS
+from worker.timetable import POLLS, Timetable
 
 log = structlog.get_logger()
 
@@ -27,15 +30,39 @@ PRESENT_EVERY_S = 5
 PRESENT_TTL_S = 15
 #: How often a worker looks for a new secret of a blocked login: "within a minute of its appearing".
 SECRETS_EVERY_S = 15
+#: Looks in a row at which messages waited, a thread was free and nothing had been taken: a free thread takes at once.
+STALLED_LOOKS = 4
+
+
+class Consumption:
+    """Whether this worker takes what its queues hold; Celery's can live on without, and answer to a ping."""
+
+    def __init__(self, timetable: Timetable, queues: Iterable[str], threads: int) -> None:
+        self._timetable = timetable
+        self._queues = tuple(queues)
+        self._threads = threads
+        self._taken = 0
+        self._looks = 0
+
+    def is_stalled(self) -> bool:
+        """To be asked at every look."""
+        taken = sum(state.total_count.values())
+        is_free = taken == self._taken and len(state.reserved_requests) < self._threads
+        self._taken = taken
+        waits = is_free and any(map(self._timetable.waiting, self._queues))
+        self._looks = self._looks + 1 if waits else 0
+        return self._looks >= STALLED_LOOKS
 
 
 class Presence(threading.Thread):
     """Keeps this worker's threads in the queue's room, and lifts blocks for which it holds a new credential."""
 
-    def __init__(self, wiring: Wiring, name: str, threads: int) -> None:
+    def __init__(self, wiring: Wiring, name: str, threads: int, consumption: Consumption) -> None:
         super().__init__(name="presence", daemon=True)
         self._wiring = wiring
         self._worker = (name, threads)
+        self._consumption = consumption
+        self._is_stalled = False
         self._leaving = threading.Event()
         self._next_look_s = time.monotonic() + SECRETS_EVERY_S
 
@@ -56,10 +83,20 @@ class Presence(threading.Thread):
         self._leaving.set()
 
     def _round(self) -> None:
+        if self._consumption.is_stalled():
+            self._stall()
+            return
+        self._is_stalled = False
         self._wiring.timetable.register_worker(*self._worker, PRESENT_TTL_S)
         if time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + SECRETS_EVERY_S
             unblock_with_new_secrets(self._wiring)
+
+    def _stall(self) -> None:
+        self._wiring.timetable.forget_worker(*self._worker)
+        if not self._is_stalled:
+            log.error("messages wait and none is taken: this worker counts as gone")
+        self._is_stalled = True
 
 
 def unblock_with_new_secrets(wiring: Wiring) -> None:
@@ -104,9 +141,10 @@ def _on_start(**_: object) -> None:
 
 @signals.worker_ready.connect
 def _on_ready(sender: Any, **_: object) -> None:
-    if POLLS not in sender.app.amqp.queues.consume_from:
-        return  # its threads are no room for polls
-    presence = Presence(wiring(), f"{sender.hostname}:{os.getpid()}", sender.controller.concurrency)
+    queues, threads = sender.app.amqp.queues.consume_from, sender.controller.concurrency
+    room = threads if POLLS in queues else 0
+    consumption = Consumption(wiring().timetable, queues, threads)
+    presence = Presence(wiring(), f"{sender.hostname}:{os.getpid()}", room, consumption)
     presence.start()
     _presence.append(presence)
 

@@ -212,15 +212,16 @@ class Settings(BaseModel):
         return url
 
 
-#: Every variable of the contract but `BALANCES_REDIS_URL_FILE`, with its field.
+#: Every variable of the contract but those of `FILES`, with its field.
 VARIABLES = {
     "BALANCES_ACCOUNTS": "accounts_path",
     **{
         PREFIX + field.upper(): field for field in Settings.model_fields if field not in ("accounts_path", "is_sandbox")
     },
 }
-_REDIS, _REDIS_FILE = "BALANCES_REDIS_URL", "BALANCES_REDIS_URL_FILE"
-_SECRET_VARIABLES = {_REDIS, "BALANCES_FLOWER_AUTH", "BALANCES_NOTIFICATION_TOKEN"}
+_SECRET_VARIABLES = ("BALANCES_REDIS_URL", "BALANCES_FLOWER_AUTH", "BALANCES_NOTIFICATION_TOKEN")
+#: A secret may stand in a file instead, which this variable names; with the variable that it replaces.
+FILES = {f"{variable}_FILE": variable for variable in _SECRET_VARIABLES}
 
 
 class _Read(NamedTuple):
@@ -248,19 +249,20 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def _read_variables(environ: Mapping[str, str]) -> _Read:
-    known = {name: value for name, value in environ.items() if name in VARIABLES or name == _REDIS_FILE}
+    known = {name: value for name, value in environ.items() if name in VARIABLES or name in FILES}
     problems = _unknown_variables(environ)
     problems += [Problem(name, "is empty", "unset it, or give it a value") for name in known if not known[name]]
     values: dict[str, object] = {VARIABLES[name]: value for name, value in known.items() if value and name in VARIABLES}
-    if known.get(_REDIS) and known.get(_REDIS_FILE):
-        problems.append(Problem(_REDIS, f"is set, and so is {_REDIS_FILE}", "set one of the two"))
-    elif known.get(_REDIS_FILE):
-        values["redis_url"] = _read_redis_url(known[_REDIS_FILE], problems)
+    for file, variable in FILES.items():
+        if known.get(file) and known.get(variable):
+            problems.append(Problem(variable, f"is set, and so is {file}", "set one of the two"))
+        elif known.get(file):
+            values[VARIABLES[variable]] = _read_secret(file, known[file], problems)
     return _Read(values, problems)
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> list[Problem]:
-    known = {*VARIABLES, _REDIS_FILE}
+    known = {*VARIABLES, *FILES}
     return [
         Problem(name, "is no variable of this program", did_you_mean(name, known, PREFIX))
         for name in sorted(environ)
@@ -268,21 +270,21 @@ def _unknown_variables(environ: Mapping[str, str]) -> list[Problem]:
     ]
 
 
-def _read_redis_url(path: str, problems: list[Problem]) -> SecretStr | None:
+def _read_secret(variable: str, path: str, problems: list[Problem]) -> SecretStr | None:
     """The one line of the file, or None and one more problem."""
     try:
         with Path(path).open("rb") as file:
             content = file.read(MAX_SECRET_FILE + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
-        problems.append(Problem(_REDIS_FILE, f"{_shown(_REDIS_FILE, path)} cannot be read ({reason})", "name a file"))
+        problems.append(Problem(variable, f"{_shown(variable, path)} cannot be read ({reason})", "name a file"))
         return None
-    url = content.decode("utf-8", "replace").strip()
-    if not url or len(content) > MAX_SECRET_FILE:
-        wrong = f"{_shown(_REDIS_FILE, path)} is empty or too large"
-        problems.append(Problem(_REDIS_FILE, wrong, "it holds the address alone"))
+    secret = content.decode("utf-8", "replace").strip()
+    if not secret or len(content) > MAX_SECRET_FILE:
+        wrong = f"{_shown(variable, path)} is empty or too large"
+        problems.append(Problem(variable, wrong, "it holds the secret alone"))
         return None
-    return SecretStr(url)
+    return SecretStr(secret)
 
 
 def _where_accounts_are(values: Mapping[str, object]) -> dict[str, object]:
@@ -303,8 +305,8 @@ def _validate(values: Mapping[str, object], environ: Mapping[str, str], problems
         for mistake in error.errors(include_url=False):
             field = str(mistake["loc"][0])
             variable = variables[field]
-            if field == "redis_url" and variable not in environ:
-                variable = _REDIS_FILE
+            if variable not in environ and f"{variable}_FILE" in FILES:
+                variable += "_FILE"
             # a default made from a wrong value is wrong too, but only the variable that was set is a mistake
             if variable in environ:
                 cause = mistake.get("ctx", {}).get("error")
@@ -314,7 +316,7 @@ def _validate(values: Mapping[str, object], environ: Mapping[str, str], problems
 
 def _problem(variable: str, field: str, value: str, cause: object) -> Problem:
     right = Settings.model_fields[field].description or "see the README"
-    if field == "redis_url" and variable == _REDIS_FILE:
+    if variable in FILES:
         return Problem(variable, "what the file holds " + str(cause), right)
     wrong = str(cause) if cause else "is not valid"
     if wrong.startswith(repr(value)[:40]):  # a duration's mistake quotes it already

@@ -482,6 +482,17 @@ class Timetable:
         """Takes the worker's threads out of the queue's room."""
         _guard(lambda: self.client.zrem("workers", f"{name} {threads}"))
 
+    def workers(self) -> dict[str, int]:
+        """Every worker that is believed to be alive: name → how many polls it can run at once, 0 for a settler."""
+        seconds, micros = _guard(self.client.time)
+        now_ms = seconds * 1000 + micros // 1000
+        alive = cast(list[str], _guard(lambda: self.client.zrange("workers", now_ms, "+inf", byscore=True)))
+        return {name: int(threads) for name, threads in (member.rsplit(" ", 1) for member in alive)}
+
+    def waiting(self, queue: str) -> int:
+        """How many messages the queue holds."""
+        return _guard(lambda: self.client.llen(queue))
+
     def salt(self) -> bytes:
         """The one salt of all credential fingerprints, made by whoever asks first."""
         _guard(lambda: self.client.set("salt", secrets.token_hex(16), nx=True))
@@ -556,6 +567,11 @@ class Timetable:
         pipeline.get("clock:offset")
         (seconds, micros), offset = _guard(pipeline.execute)
         return int(seconds * 1000 + micros // 1000 + int(offset or 0))
+
+    def claimed_at_ms(self) -> int | None:
+        """When a beat last claimed, by the one clock; None where none ever did."""
+        claimed_at = self._config("claimed_at")["claimed_at"]
+        return None if claimed_at is None else int(claimed_at)
 
     def accounts(self, aliases: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
         """Every defined account (or those named), sorted, with the fields of its hash; an unknown one has none."""

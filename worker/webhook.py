@@ -172,7 +172,14 @@ async def notification(request: Request) -> Response:
 
 
 async def healthz(_request: Request) -> Response:
-    """GET /healthz"""
+    """GET /healthz: this process is alive, whatever became of Redis."""
+    return JSONResponse({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    """GET /readyz: it can store a callback; 503 while Redis is away."""
+    timetable: Timetable = request.app.state.timetable
+    await run_in_threadpool(timetable.now_ms)
     return JSONResponse({"status": "ok"})
 
 
@@ -266,6 +273,7 @@ def make_app(wiring: Wiring, *, is_durable: bool) -> Starlette:
             Route("/callbacks/{token}", callback, methods=["POST"]),
             Route("/notifications", notification, methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
+            Route("/readyz", readyz, methods=["GET"]),
         ],
         exception_handlers={HTTPException: on_http_error, StoreUnavailable: on_store_unavailable},
         lifespan=lifespan,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import requests
 from machine import AMOUNT, OK, PATIENCE_S, Account, Machine, Process, canaries_in
 from playwright.sync_api import Browser, Page, Response, sync_playwright
 from servers import ROOT, ValkeyServer, wait_until
+from tools import tool
 
 from worker.policy import DeadLetterQueue
 from worker.store import LOOPBACK, free_port, tethered
@@ -104,13 +104,9 @@ class Watched(Machine):
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """The system's Chromium; without one: skipped on a laptop, failed in CI, which installs it."""
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        if os.environ.get("CI"):
-            pytest.fail("no Chromium: .ci/run should have installed it")
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    chromium = tool("chromium", "chromium-browser", "google-chrome", package="Debian: apt-get install chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found[0], args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
         browser.close()
 

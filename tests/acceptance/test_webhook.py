@@ -166,12 +166,19 @@ def test_a_server_that_is_away_means_come_again(tmp_path: Path) -> None:
         running_webhook(own, tmp_path) as webhook,
     ):
         expect(CallbackWorld(client, "a"))
+        assert status(webhook, "/readyz") == 200
         own.kill()
         answer = webhook.post(f"/callbacks/{SECRET}")
         assert answer.status_code == 503
         assert int(answer.headers["Retry-After"]) > 0
+        assert status(webhook, "/readyz") == 503
+        assert status(webhook, "/healthz") == 200, "a restart would bring no server back"
         own.start()
         wait_until(lambda: webhook.post(f"/callbacks/{SECRET}").status_code == 200, timeout=20)
+
+
+def status(webhook: Webhook, path: str) -> int:
+    return requests.get(webhook.url + path, timeout=20).status_code
 
 
 BIG = b'{"a": "' + b"x" * (1024 * 1024) + b'"}'

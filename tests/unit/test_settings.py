@@ -265,6 +265,22 @@ def test_a_wrong_file_is_named_without_its_content(content: str | None, tmp_path
     assert CANARY not in str(problem)
 
 
+@pytest.mark.parametrize(
+    ("name", "secret", "wrong"),
+    [("FLOWER_AUTH", "user:password", CANARY), ("NOTIFICATION_TOKEN", "token", f"{CANARY} {CANARY}")],
+)
+def test_any_secret_may_stand_in_a_file(name: str, secret: str, wrong: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(secret + "\n")
+    settings = load_settings({f"BALANCES_{name}_FILE": str(file)})
+    assert getattr(settings, name.lower()).get_secret_value() == secret
+
+    file.write_text(wrong)
+    (problem,) = problems({f"BALANCES_{name}_FILE": str(file)})
+    assert problem.where == f"BALANCES_{name}_FILE"
+    assert wrong not in str(problem)
+
+
 def test_two_addresses_of_the_server_are_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "url").write_text("redis://h")
     (problem,) = problems({"BALANCES_REDIS_URL": "redis://h", "BALANCES_REDIS_URL_FILE": "url"})

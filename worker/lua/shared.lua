@@ -28,7 +28,7 @@
 --   releases             string: how many releases there were; orders them, whatever the clock does
 --   released:<scope>     string: number of that scope's last release
 --   config               hash: retry, limits (JSON), *_ms, content, serial        contents  sorted set: digests applied
---   workers              sorted set: "host threads" → until when it is alive (ms, real time)
+--   workers              sorted set: "host threads" → until when it is alive (ms, real time); 0 threads: takes no polls
 --   counts               hash: things that happened, counted
 --   clock:offset         string: ms that tests move the one clock by
 
