@@ -107,6 +107,18 @@ class SandboxClient:
         """Which api keys and tokens Khipu takes; None: any."""
         self._call("PUT", "/keys", {"accepted": None if accepted is None else list(accepted)})
 
+    def set_tokens(self, **rules: object) -> None:
+        """How `POST /oauth/token` answers: `clients`, `expires_in`, `status`; what is not named is as at the start."""
+        self._call("PUT", "/tokens", rules)
+
+    def revoke_tokens(self) -> int:
+        """Khipu ends every access token given so far; how many there were."""
+        return int(self._call("DELETE", "/tokens")["revoked"])
+
+    @property
+    def token_url(self) -> str:
+        return f"{self.url}/oauth/token"
+
     def answer_hanging(self, number: str, step: Step = "ok") -> int:
         """Answer the account's hanging requests now; how many there were."""
         return int(self._call("POST", f"/accounts/{number}/answer", {"step": step})["answered"])

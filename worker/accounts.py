@@ -115,7 +115,8 @@ UrlField = Annotated[str, AfterValidator(_url)]
 class Definition(BaseModel):
     """One account as Redis holds it and `begin` hands it to a worker: everything that is not secret, resolved.
 
-    Exactly one of `every_ms` and `cron` is set; `timezone` with `cron` only.
+    Exactly one of `every_ms` and `cron` is set; `timezone` with `cron` only; `token_url` with the scheme
+    `client-credentials`, `token_days` with `bearer` only.
     `number` and the money it leads to never reach a log: it is kept out of `repr`.
     """
 
@@ -130,6 +131,8 @@ class Definition(BaseModel):
     send_currency: bool = False
     login: LoginName
     scheme: Scheme = "api-key"
+    token_url: str | None = None
+    token_days: int | None = None
     mode: Mode = "sync"
     every_ms: int | None = None
     cron: str | None = None
@@ -228,7 +231,10 @@ class Limits(Table):
 
 
 class Login(Table):
-    """`[logins.X]`: how requests of this login say who we are. `token_days`: warn so long before a token ends."""
+    """`[logins.X]`: how requests of this login say who we are. `token_days`: warn so long before a token ends.
+
+    `token_url`: where `client-credentials` get their access tokens.
+    """
 
     scheme: Annotated[Scheme, Field(description='write "api-key", "bearer" or "client-credentials"')] = "api-key"
     token_days: Annotated[int, _count(1, 366)] = 14
@@ -420,8 +426,19 @@ class _Reader:
             if name == RESERVED_LOGIN:
                 self._report.add(place, "is reserved: its secrets serve every login", "take another name")
             login = self._validate(Login, self._table(value, place), place)
+            if login is not None:
+                self._check_token_url(login, place)
             logins[name] = login or Login()
         return logins
+
+    def _check_token_url(self, login: Login, place: _Place) -> None:
+        is_needed = login.scheme == "client-credentials"
+        if is_needed and login.token_url is None:
+            wrong = '"client-credentials" needs a token_url'
+            self._at(place, "scheme", wrong, "add token_url, the address that gives access tokens")
+        if not is_needed and login.token_url is not None:
+            wrong = f'the scheme "{login.scheme}" asks for no token'
+            self._at(place, "token_url", wrong, 'leave it out, or set scheme = "client-credentials"')
 
     def _read_defaults(self, tables: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
         """`[defaults]` without its mistakes, and the keys that had one."""
@@ -518,6 +535,8 @@ class _Reader:
             send_currency=table.send_currency,
             login=table.login,
             scheme=login.scheme,
+            token_url=login.token_url,
+            token_days=login.token_days if login.scheme == "bearer" else None,
             mode=table.mode or ("callback" if self._callback_configured else "sync"),
             every_ms=None if every is None else to_ms(every),
             cron=table.cron,

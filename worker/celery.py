@@ -26,6 +26,7 @@ from worker import logs
 from worker.credentials import CredentialStore
 from worker.errors import ConfigurationError
 from worker.khipu import KhipuClient
+from worker.oauth import AccessTokens
 from worker.settings import Settings, load_settings
 from worker.timetable import ANSWERS, POLLS, Timetable, connect
 
@@ -42,6 +43,7 @@ class Wiring:
     settings: Settings
     timetable: Timetable
     khipu: KhipuClient
+    access_tokens: AccessTokens
     credentials: CredentialStore
     salt: bytes
 
@@ -59,7 +61,8 @@ def wiring() -> Wiring:
         settling=settling_template(),
     )
     credentials = CredentialStore(os.environ, settings.secrets_dir)
-    return Wiring(settings, timetable, KhipuClient(settings.khipu_url), credentials, timetable.salt())
+    khipu = KhipuClient(settings.khipu_url)
+    return Wiring(settings, timetable, khipu, AccessTokens(khipu), credentials, timetable.salt())
 
 
 def configuration() -> dict[str, Any]:

@@ -7,6 +7,7 @@ One of them at most; without any, the same three of login `default`, but never f
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -45,7 +46,7 @@ class SecretField(StrEnum):
 FIELDS: dict[Scheme, tuple[SecretField, ...]] = {
     "api-key": (SecretField.API_KEY, SecretField.ACCOUNT_CREDENTIAL),
     "bearer": (SecretField.TOKEN,),
-    "client-credentials": (),
+    "client-credentials": (SecretField.CLIENT_ID, SecretField.CLIENT_SECRET),
 }
 
 
@@ -53,13 +54,15 @@ FIELDS: dict[Scheme, tuple[SecretField, ...]] = {
 class Credentials:
     """What one request of a login needs. `repr` shows the scheme only.
 
-    `key`: the api key (scheme `api-key`) or the token (`bearer`). `account_credential`: any JSON value, the bank
-    log-on, sent as `AccountCredential` with `api-key` only; None with the other schemes.
+    `key`: the api key (scheme `api-key`), the token (`bearer`), or the client secret (`client-credentials`), until an
+    access token got with it takes its place. `account_credential`: any JSON value, the bank log-on, sent as
+    `AccountCredential` with `api-key` only; None with the other schemes. `client_id`: beside a client secret only.
     """
 
     scheme: Scheme
     key: SecretStr
     account_credential: JsonValue = None
+    client_id: SecretStr | None = None
 
     def __repr__(self) -> str:
         return f"Credentials(scheme={self.scheme!r})"
@@ -70,8 +73,8 @@ class _File(NamedTuple):
 
     content: SecretStr
     wrong: str = ""
-    signature: tuple[int, int, int] | None = None
-    is_public: bool = False
+    signature: tuple[int, ...] | None = None
+    is_open: bool = False
 
 
 class _Found(NamedTuple):
@@ -100,23 +103,21 @@ class CredentialStore:
         """What requests of `login` need. Raises MissingSecret where one is not here, ConfigurationError where it is
         wrong (two at once, unreadable, empty); both name variables and files only.
         """
-        if scheme == "client-credentials":
-            raise ConfigurationError([_unsupported(login)])
-        found = {field: self._find(login, field) for field in FIELDS[scheme]}
-        for field, secret in found.items():
-            if secret.problem is not None:
-                raise ConfigurationError([secret.problem])
-            if secret.content is None:
-                raise MissingSecret(str(self._missing(login, field)))
-        key, *bank = (secret.content or SecretStr("") for secret in found.values())
-        return Credentials(scheme, key, _parse(bank[0]) if bank else None)
+        found = {field: self._get(login, field) for field in FIELDS[scheme]}
+        match scheme:
+            case "api-key":
+                log_on = _parse(found[SecretField.ACCOUNT_CREDENTIAL])
+                return Credentials(scheme, found[SecretField.API_KEY], log_on)
+            case "bearer":
+                return Credentials(scheme, found[SecretField.TOKEN])
+            case "client-credentials":
+                client_id = found[SecretField.CLIENT_ID]
+                return Credentials(scheme, found[SecretField.CLIENT_SECRET], client_id=client_id)
 
     def problems(self, logins: Mapping[str, Scheme]) -> list[Problem]:
         """Every mistake in the secrets that `logins` need, and every variable that can be none of any login."""
         problems = self._unknown_variables()
         for login, scheme in logins.items():
-            if scheme == "client-credentials":
-                problems.append(_unsupported(login))
             for field in FIELDS[scheme]:
                 found = self._find(login, field)
                 if found.problem is not None:
@@ -126,9 +127,17 @@ class CredentialStore:
         return list(dict.fromkeys(problems))  # a mistake in `default` is one, however many logins meet it
 
     def warnings(self) -> list[str]:
-        """The files read so far that every user of this host can read, too."""
-        public = sorted(path for path, file in self._files.items() if file.is_public)
-        return [str(Problem(str(path), "every user of this host can read it", "chmod 600")) for path in public]
+        """The files read so far that more users of this host than need to can read or write."""
+        open_ = sorted(path for path, file in self._files.items() if file.is_open)
+        return [str(Problem(str(path), "other users of this host can read or write it", "chmod 600")) for path in open_]
+
+    def _get(self, login: str, field: SecretField) -> SecretStr:
+        found = self._find(login, field)
+        if found.problem is not None:
+            raise ConfigurationError([found.problem])
+        if found.content is None:
+            raise MissingSecret(str(self._missing(login, field)))
+        return found.content
 
     def _find(self, login: str, field: SecretField) -> _Found:
         own = self._look(login, field)
@@ -191,14 +200,16 @@ def _variable(login: str, field: SecretField) -> str:
     return f"{PREFIX}{login}_{field}".replace("-", "_").upper()
 
 
-def _unsupported(login: str) -> Problem:
-    wrong = 'scheme "client-credentials" is not supported yet'
-    return Problem(f"login {login}", wrong, 'use "bearer" with a token, or "api-key"')
+def _signature(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written again, replaced, or given other permissions."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev
 
 
-def _signature(status: os.stat_result) -> tuple[int, int, int]:
-    """What changes when a file is written again or replaced."""
-    return status.st_mtime_ns, status.st_size, status.st_ino
+def _is_open(status: os.stat_result) -> bool:
+    """Whether others have more than they need. A group needs nothing, unless another user owns the file and gives it
+    to this process by its group, as Kubernetes does."""
+    needless = stat.S_IRGRP | stat.S_IWGRP if status.st_uid == os.geteuid() else stat.S_IWGRP
+    return bool(status.st_mode & (needless | stat.S_IROTH | stat.S_IWOTH))
 
 
 def _reason(error: OSError | ValueError) -> str:
@@ -219,9 +230,8 @@ def _read_file(path: Path, status: os.stat_result) -> _File:
             raw = SecretBytes(file.read(MAX_SECRET_FILE + 1))
     except OSError as error:
         return _broken(_reason(error))
-    is_public = bool(status.st_mode & stat.S_IROTH)
     content, wrong = _decode(raw)
-    return _File(content, wrong, _signature(status), is_public)
+    return _File(content, wrong, _signature(status), _is_open(status))
 
 
 def _decode(raw: SecretBytes) -> tuple[SecretStr, str]:
@@ -264,6 +274,24 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
+#: A year beyond which no `exp` is believed: it would be a number in another unit.
+_LAST_END = 253_402_300_800
+
+
+def token_end(credentials: Credentials) -> int | None:
+    """When a bearer token ends (unix seconds): its claim `exp`, which nobody verifies here. None where it has none."""
+    if credentials.scheme != "bearer":
+        return None
+    parts = credentials.key.get_secret_value().split(".")
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        end = claims["exp"]
+    except (IndexError, KeyError, TypeError, ValueError, RecursionError):  # no JWT, or one that does not say
+        return None
+    is_moment = isinstance(end, int | float) and not isinstance(end, bool) and 0 <= end < _LAST_END
+    return int(end) if is_moment else None
+
+
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
     """What tells one credential from another without telling it: 32 hex digits each; `bank` is "" without a log-on."""
@@ -284,7 +312,10 @@ _computing = threading.Lock()
 
 def fingerprints(credentials: Credentials, salt: bytes) -> Fingerprints:
     """The same on every host that has the same secrets and `salt`; slow once for each secret, then remembered."""
-    key = _fingerprint(_canonical("key", credentials.key.get_secret_value()), salt)
+    secret = credentials.key.get_secret_value()
+    client_id = credentials.client_id
+    named: JsonValue = secret if client_id is None else [client_id.get_secret_value(), secret]
+    key = _fingerprint(_canonical("key", named), salt)
     if credentials.account_credential is None:
         return Fingerprints("", key)
     return Fingerprints(_fingerprint(_canonical("bank", credentials.account_credential), salt), key)

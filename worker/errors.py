@@ -84,7 +84,7 @@ class KhipuFailure(BalancesError):
 
 
 class MissingSecret(BalancesError):
-    """A login has no such secret here. Names the variable or file that would hold it, never its content."""
+    """A login has no such secret here, or a token that has ended. Names what would hold it, never its content."""
 
 
 class Refused(BalancesError):

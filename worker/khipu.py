@@ -116,6 +116,16 @@ class KhipuClient:
                 self._session().close()  # what is left on this connection could be read as the next one's answer
             raise
 
+    def exchange(self, request: requests.PreparedRequest, *, deadline_s: float) -> Reply:
+        """Send a request that is no balance call, by the same rules: once, within a total deadline, no redirect, 1 MiB.
+
+        Raises KhipuFailure where there is no reply: CONNECTION, TIMEOUT or UNREADABLE.
+        """
+        try:
+            return self._exchange(request, _Attempt(deadline_s, self._resolver))
+        finally:
+            self._session().close()  # the next request of this thread goes to another host
+
     def _request(
         self, definition: Definition, credentials: Credentials, callback_url: str | None
     ) -> requests.PreparedRequest:
@@ -139,13 +149,13 @@ class KhipuClient:
             self._templates[path] = requests.Request("POST", self._base_url + path, headers=headers).prepare()
         return self._templates[path]
 
-    def _exchange(self, request: requests.PreparedRequest, attempt: _Attempt) -> _Reply:
+    def _exchange(self, request: requests.PreparedRequest, attempt: _Attempt) -> Reply:
         """Send and read all of the reply, or fail with CONNECTION, TIMEOUT or UNREADABLE."""
         _current.attempt = attempt
         _watchdog.watch(attempt)
         try:
             with self._session().send(request, timeout=attempt.remaining(), **self._send_options) as response:
-                return _Reply(response.status_code, response.headers, _content(response, attempt))
+                return Reply(response.status_code, response.headers, _content(response, attempt))
         except TROUBLE as error:
             outcome = _broken(error, attempt)
         finally:
@@ -163,7 +173,7 @@ class KhipuClient:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reply:
+class Reply:
     """What came back. `body` is None where an error's body could not be read, which does not matter then."""
 
     status: int
@@ -208,6 +218,7 @@ def never_shown(
     texts = [definition.number]
     if credentials is not None:
         texts += [credentials.key.get_secret_value(), *_texts(credentials.account_credential)]
+        texts += [] if credentials.client_id is None else [credentials.client_id.get_secret_value()]
     if callback_url is not None:
         texts += [callback_url, callback_url.rpartition("/")[2]]
     return tuple(text for text in texts if len(text) >= SHORTEST_SECRET)
@@ -272,7 +283,7 @@ def _inflated(content: bytes, encoding: str) -> bytes:
     return content
 
 
-def _read(reply: _Reply, hide: Sequence[str], callback_wanted: bool) -> Answer | Accepted:
+def _read(reply: Reply, hide: Sequence[str], callback_wanted: bool) -> Answer | Accepted:
     """Branch on the status, then on the body: failures arrive as 200 too."""
     content_type = reply.headers.get("Content-Type")
     if reply.status == HTTPStatus.OK:
@@ -290,10 +301,10 @@ def _read(reply: _Reply, hide: Sequence[str], callback_wanted: bool) -> Answer |
         return Accepted(operation_id="", drift=("body",))
 
 
-def _refusal(reply: _Reply, hide: Sequence[str]) -> Outcome:
+def _refusal(reply: Reply, hide: Sequence[str]) -> Outcome:
     """An HTTP error; an envelope in its body knows better, but only a bank's refusal outweighs that of the key."""
-    kind = _kind(reply.status)
-    wait = _retry_after(reply.headers.get("Retry-After", ""), datetime.now(UTC))
+    kind = kind_of(reply.status)
+    wait = retry_after(reply.headers.get("Retry-After", ""), datetime.now(UTC))
     said = read_error(reply.body or b"", reply.headers.get("Content-Type"), hide=hide)
     if said is None:
         return Outcome(kind, f"HTTP_{reply.status}", description=_phrase(reply.status), retry_after=wait)
@@ -302,7 +313,8 @@ def _refusal(reply: _Reply, hide: Sequence[str]) -> Outcome:
     return replace(said, retry_after=wait)
 
 
-def _kind(status: int) -> Kind:
+def kind_of(status: int) -> Kind:
+    """What an HTTP error means, whatever its body says."""
     match status:
         case 401 | 403:
             return Kind.UNAUTHORIZED
@@ -326,7 +338,7 @@ def _phrase(status: int) -> str:
         return "a status that HTTP does not know"
 
 
-def _retry_after(value: str, now: datetime) -> timedelta | None:
+def retry_after(value: str, now: datetime) -> timedelta | None:
     """Seconds or an HTTP date; None for what is neither, or over."""
     if re.fullmatch(r"[0-9]{1,9}", value):
         return timedelta(seconds=int(value))

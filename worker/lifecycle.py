@@ -3,6 +3,8 @@
 start ─▶ secrets there? ─▶ present every 5 s, new secrets looked for ─▶ SIGTERM ─▶ gone after the grace period
 
 Present is only who works: a worker whose thread is free while messages wait, and that takes none, says nothing.
+
+start ─▶ secrets there? ─▶ present every 5 s, secrets looked at every 15 s ─▶ SIGTERM ─▶ gone after the grace period
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -18,9 +21,10 @@ from celery import signals
 from celery.worker import state
 
 from worker.celery import Wiring, exiting_on_mistakes, wiring
-from worker.credentials import Credentials, Fingerprints, fingerprints
+from worker.credentials import Credentials, Fingerprints, fingerprints, token_end
 from worker.errors import ConfigurationError, MissingSecret, StoreUnavailable
 from worker.policy import Credential
+from worker.tasks import usable_credentials
 from worker.timetable import POLLS, Timetable
 
 log = structlog.get_logger()
@@ -28,10 +32,14 @@ log = structlog.get_logger()
 #: How often a worker says that it is there, and how long it is believed.
 PRESENT_EVERY_S = 5
 PRESENT_TTL_S = 15
-#: How often a worker looks for a new secret of a blocked login: "within a minute of its appearing".
+#: How often a worker looks at its secrets: a new one of a blocked login counts "within a minute of its appearing".
 SECRETS_EVERY_S = 15
+DAY_MS = 86_400_000
 #: Looks in a row at which messages waited, a thread was free and nothing had been taken: a free thread takes at once.
 STALLED_LOOKS = 4
+
+#: A login → the fields of its hash.
+Logins = Mapping[str, Mapping[str, str]]
 
 
 class Consumption:
@@ -65,6 +73,7 @@ class Presence(threading.Thread):
         self._is_stalled = False
         self._leaving = threading.Event()
         self._next_look_s = time.monotonic() + SECRETS_EVERY_S
+        self._tokens = TokenWatch(wiring)
 
     def run(self) -> None:
         while not self._leaving.is_set():
@@ -90,7 +99,9 @@ class Presence(threading.Thread):
         self._wiring.timetable.register_worker(*self._worker, PRESENT_TTL_S)
         if time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + SECRETS_EVERY_S
-            unblock_with_new_secrets(self._wiring)
+            logins = self._wiring.timetable.logins()
+            unblock_with_new_secrets(self._wiring, logins)
+            self._tokens.look(logins)
 
     def _stall(self) -> None:
         self._wiring.timetable.forget_worker(*self._worker)
@@ -99,13 +110,13 @@ class Presence(threading.Thread):
         self._is_stalled = True
 
 
-def unblock_with_new_secrets(wiring: Wiring) -> None:
+def unblock_with_new_secrets(wiring: Wiring, logins: Logins) -> None:
     """Lifts the block of every login for which this worker holds another credential of the kind that failed."""
-    for login, fields in wiring.timetable.logins().items():
+    for login, fields in logins.items():
         if "blocked" not in fields:
             continue
         try:
-            credentials = wiring.credentials.credentials(login, fields["scheme"])  # type: ignore[arg-type]
+            credentials = usable_credentials(wiring, login, fields["scheme"])  # type: ignore[arg-type]
         except (MissingSecret, ConfigurationError):
             continue
         kind = Credential(fields["blocked"])
@@ -119,12 +130,55 @@ def _unblock(wiring: Wiring, login: str, kind: Credential, credentials: Credenti
     return wiring.timetable.unblock_with(login, kind, fingerprint) is None
 
 
+class TokenWatch:
+    """Warns of tokens that end, once a day each, and leaves their ends where the exporter reads them.
+
+    A worker without the token says nothing: another host may have it.
+    """
+
+    def __init__(self, wiring: Wiring) -> None:
+        self._wiring = wiring
+        self._warned_ms: dict[str, int] = {}
+
+    def look(self, logins: Logins) -> None:
+        now_ms = self._wiring.timetable.now_ms()
+        for login, fields in logins.items():
+            if fields["scheme"] == "bearer":
+                self._look_at(login, fields, now_ms)
+            elif "token_expires" in fields:
+                self._wiring.timetable.note_token_end(login, None)
+
+    def _look_at(self, login: str, fields: Mapping[str, str], now_ms: int) -> None:
+        try:
+            end_s = token_end(self._wiring.credentials.credentials(login, "bearer"))
+        except (MissingSecret, ConfigurationError):
+            return
+        if fields.get("token_expires") != (None if end_s is None else str(end_s)):
+            self._wiring.timetable.note_token_end(login, end_s)
+        days = int(fields.get("token_days") or 0)
+        if end_s is not None and end_s * 1000 - now_ms <= days * DAY_MS:
+            self._warn(login, end_s, now_ms)
+
+    def _warn(self, login: str, end_s: int, now_ms: int) -> None:
+        if now_ms - self._warned_ms.get(login, -DAY_MS) < DAY_MS:
+            return
+        self._warned_ms[login] = now_ms
+        end = datetime.fromtimestamp(end_s, UTC).isoformat()
+        days = (end_s * 1000 - now_ms) // DAY_MS
+        if days < 0:
+            log.error("token has ended", login=login, ended_at=end)
+        else:
+            log.warning("token ends soon", login=login, ends_at=end, days=days)
+
+
 def check_secrets(wiring: Wiring) -> None:
     """Raises `ConfigurationError` for every secret of a login in Redis that this worker cannot find."""
     schemes = {login: fields["scheme"] for login, fields in wiring.timetable.logins().items()}
     problems = wiring.credentials.problems(schemes)  # type: ignore[arg-type]
     if problems:
         raise ConfigurationError(problems)
+    for warning in wiring.credentials.warnings():
+        log.warning("secret open to others", where=warning)
 
 
 _presence: list[Presence] = []

@@ -13,8 +13,8 @@ import redis
 
 from worker import schedule, stream
 from worker.accounts import Accounts, Definition, load_accounts
-from worker.credentials import CredentialStore
-from worker.errors import Refused
+from worker.credentials import CredentialStore, token_end
+from worker.errors import ConfigurationError, MissingSecret, Refused
 from worker.policy import DeadLetterQueue
 from worker.settings import Settings, format_duration
 from worker.stream import group_lag
@@ -420,6 +420,8 @@ def check(settings: Settings, accounts: Accounts, credentials: CredentialStore, 
     findings += check_server(client)
     if findings[-1].name != "server":  # it could be asked
         findings += _check_groups(client, settings.stream)
+        now_ms = Timetable(client, stream=settings.stream).now_ms()
+        findings += _check_tokens(accounts, credentials, now_ms)
     return findings
 
 
@@ -446,6 +448,23 @@ def _check_secrets(accounts: Accounts, credentials: CredentialStore) -> Iterator
         yield Finding("secrets", False, warning)
     if not problems:
         yield Finding("secrets", True, f"found for {len(accounts.schemes)} logins")
+
+
+def _check_tokens(accounts: Accounts, credentials: CredentialStore, now_ms: int) -> Iterator[Finding]:
+    """The tokens that end within `token_days`, or have ended; by the server's clock, as workers see them."""
+    for login, scheme in sorted(accounts.schemes.items()):
+        try:
+            end_s = token_end(credentials.credentials(login, scheme))
+        except (MissingSecret, ConfigurationError):
+            continue  # told already
+        if end_s is None:
+            continue
+        days = (end_s * 1000 - now_ms) / 86_400_000
+        if days <= 0:
+            yield Finding("token", False, f"login {login}: its token ended at {iso(end_s * 1000)}; replace it")
+        elif days <= accounts.logins[login].token_days:
+            detail = f"login {login}: its token ends at {iso(end_s * 1000)}, in {days:.0f} days; replace it"
+            yield Finding("token", False, detail)
 
 
 def check_server(client: redis.Redis) -> Iterator[Finding]:

@@ -31,9 +31,9 @@ from celery.worker.request import Request
 
 from worker import logs
 from worker.accounts import Scheme
-from worker.balances import Accepted, Answer, check_currency, read_answer
+from worker.balances import DESCRIPTION_LIMIT, Accepted, Answer, check_currency, read_answer
 from worker.celery import POLL_TASK, SETTLE_TASK, Wiring, app, wiring
-from worker.credentials import Credentials, Fingerprints, fingerprints
+from worker.credentials import Credentials, Fingerprints, fingerprints, token_end
 from worker.errors import (
     ConfigurationError,
     DeadLettered,
@@ -46,7 +46,8 @@ from worker.errors import (
     Waiting,
 )
 from worker.khipu import never_shown
-from worker.policy import Block, Credential, DeadLetter, Publish, Retry, decide, is_contract_drift
+from worker.oauth import AccessToken
+from worker.policy import TOKEN_ERROR, Block, Credential, DeadLetter, Publish, Retry, decide, is_contract_drift
 from worker.settings import format_duration
 from worker.stream import observed
 from worker.timetable import (
@@ -244,10 +245,22 @@ def new_callback(wiring: Wiring) -> Callback:
 def make_offer(wiring: Wiring, login: str, scheme: Scheme) -> Offer:
     """The login's credentials as found here now, and what to call them in Redis."""
     try:
-        credentials = wiring.credentials.credentials(login, scheme)
+        credentials = usable_credentials(wiring, login, scheme)
     except (MissingSecret, ConfigurationError) as error:
         return Offer(None, Fingerprints(bank="", key=MISSING), lack=str(error))
     return Offer(credentials, fingerprints(credentials, wiring.salt))
+
+
+def usable_credentials(wiring: Wiring, login: str, scheme: Scheme) -> Credentials:
+    """The login's credentials as found here now. A token that has ended is none: Khipu would refuse it, and bill that.
+
+    Raises MissingSecret and ConfigurationError as `CredentialStore.credentials` does.
+    """
+    credentials = wiring.credentials.credentials(login, scheme)
+    end_s = token_end(credentials)
+    if end_s is not None and end_s * 1000 <= wiring.timetable.now_ms():
+        raise MissingSecret(f"login {login}: its token has ended; replace it")
+    return credentials
 
 
 def refuse(wiring: Wiring, token: Token, refused: CredentialRefused, offer: Offer) -> NoReturn:
@@ -258,7 +271,9 @@ def refuse(wiring: Wiring, token: Token, refused: CredentialRefused, offer: Offe
     is_bank = refused.credential is Credential.BANK
     kind = Kind.LOG_ON_REFUSED if is_bank else Kind.KEY_REFUSED
     failed = offer.fingerprints.bank if is_bank else offer.fingerprints.key
-    outcome = Outcome(kind, code=kind, description="no host offered another credential than the one that failed")
+    lack = offer.lack[:DESCRIPTION_LIMIT]
+    description = lack or "no host offered another credential than the one that failed"
+    outcome = Outcome(kind, code=kind, description=description)
     wiring.timetable.block(token, refused.credential, "" if failed == MISSING else failed, outcome, refused=True)
     raise DeadLettered(f"{outcome.code} (login blocked)")
 
@@ -272,16 +287,59 @@ def ask(attempt: Attempt) -> tuple[Outcome, Answer | None] | Accepted:
     if attempt.lease.left_s < deadline_s:
         log.warning("not sent: the lease is too short", left_s=round(attempt.lease.left_s, 1))
         raise Ignore()
-    definition, credentials, url = attempt.begun.definition, attempt.credentials, attempt.callback_url
-    assert credentials is not None, "begin takes no missing credential"  # noqa: S101
+    definition, url = attempt.begun.definition, attempt.callback_url
     try:
-        answer = attempt.wiring.khipu.fetch(definition, credentials, deadline_s=deadline_s, callback_url=url)
+        answer = fetch(attempt, deadline_s)
         if isinstance(answer, Answer):
             check_currency(answer, definition.currency)
             return Outcome(Kind.OK, code="ok"), answer
     except KhipuFailure as failure:
         return ambiguous(failure) if url and is_ambiguous(failure) else (failure.outcome, None)
     return answer if url else (UNEXPECTED_ACCEPTANCE, None)
+
+
+def fetch(attempt: Attempt, deadline_s: float) -> Answer | Accepted:
+    """One request to Khipu; one more where it refuses an access token that was got for an earlier one."""
+    credentials = attempt.credentials
+    assert credentials is not None, "begin takes no missing credential"  # noqa: S101
+    if credentials.scheme != "client-credentials":
+        return send(attempt, credentials, deadline_s)
+    ends_s = time.monotonic() + deadline_s
+    token = access_token(attempt, credentials, ends_s)
+    try:
+        return send(attempt, token.credentials, ends_s - time.monotonic())
+    except KhipuFailure as failure:
+        if not is_token_refused(failure):
+            raise
+        attempt.wiring.access_tokens.forget(attempt.token.login, token)
+        if not token.is_kept:
+            raise
+        another = access_token(attempt, credentials, ends_s)
+        if another.credentials == token.credentials:
+            raise
+    log.warning("access token refused: asked again with another one")
+    attempt.wiring.timetable.count("second requests")
+    return send(attempt, another.credentials, ends_s - time.monotonic())
+
+
+def access_token(attempt: Attempt, credentials: Credentials, ends_s: float) -> AccessToken:
+    """A token for the login's client, kept or new."""
+    url = attempt.begun.definition.token_url
+    assert url is not None, "the accounts file is refused without it"  # noqa: S101
+    left_s = ends_s - time.monotonic()
+    return attempt.wiring.access_tokens.get(attempt.token.login, url, credentials, deadline_s=left_s)
+
+
+def send(attempt: Attempt, credentials: Credentials, deadline_s: float) -> Answer | Accepted:
+    """The one balance call."""
+    definition, url = attempt.begun.definition, attempt.callback_url
+    return attempt.wiring.khipu.fetch(definition, credentials, deadline_s=deadline_s, callback_url=url)
+
+
+def is_token_refused(failure: KhipuFailure) -> bool:
+    """Whether Khipu saw the token and did not take it."""
+    outcome = failure.outcome
+    return failure.sent and (outcome.kind is Kind.UNAUTHORIZED or outcome.code == TOKEN_ERROR)
 
 
 def is_ambiguous(failure: KhipuFailure) -> bool:

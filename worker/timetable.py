@@ -493,6 +493,18 @@ class Timetable:
         """How many messages the queue holds."""
         return _guard(lambda: self.client.llen(queue))
 
+    def count(self, what: str) -> None:
+        """One more of what no script sees."""
+        _guard(lambda: self.client.hincrby("counts", what, 1))
+
+    def note_token_end(self, login: str, end_s: int | None) -> None:
+        """Says when the token of a defined login ends (unix seconds); None: it has none, or does not say."""
+        key = f"login:{login}"
+        if end_s is None:
+            _guard(lambda: self.client.hdel(key, "token_expires"))
+        else:
+            _guard(lambda: self.client.hset(key, "token_expires", end_s))
+
     def salt(self) -> bytes:
         """The one salt of all credential fingerprints, made by whoever asks first."""
         _guard(lambda: self.client.set("salt", secrets.token_hex(16), nx=True))
@@ -646,6 +658,7 @@ def _definition_args(definition: Definition, now_ms: int) -> tuple[str | int, ..
         definition.institution,
         source_of(definition),
         definition.scheme,
+        definition.token_days or "",
     )
 
 

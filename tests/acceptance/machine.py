@@ -145,13 +145,14 @@ class Machine:
         limits: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         bearer: Iterable[str] = (),
+        clients: Iterable[str] = (),
         own_keys: Iterable[str] = (),
         latency: str | None = None,
     ) -> None:
         self.directory = directory
         self.accounts = {a.alias: a.placed(index) for index, a in enumerate(accounts, start=1)}
         self.logins = sorted({account.login for account in self.accounts.values()})
-        self.bearer, self.own_keys = frozenset(bearer), frozenset(own_keys)
+        self.bearer, self.clients, self.own_keys = frozenset(bearer), frozenset(clients), frozenset(own_keys)
         self.processes: list[Process] = []
         self._tables = {"retry": {**RETRY, **(retry or {})}, "limits": {**LIMITS, **(limits or {})}}
         self._more_env = dict(env or {})
@@ -251,12 +252,14 @@ class Machine:
 
     def write_accounts(self) -> None:
         parts = [_table(f"[{name}]", values) for name, values in self._tables.items()]
-        parts += [_table(f"[logins.{login}]", {"scheme": self._scheme(login)}) for login in self.logins]
+        parts += [_table(f"[logins.{login}]", self._login(login)) for login in self.logins]
         parts += [_table("[[accounts]]", _entry(account)) for account in self.accounts.values()]
         self.accounts_path.write_text("\n".join(parts))
 
-    def _scheme(self, login: str) -> str:
-        return "bearer" if login in self.bearer else "api-key"
+    def _login(self, login: str) -> dict[str, object]:
+        if login in self.clients:
+            return {"scheme": "client-credentials", "token_url": self.sandbox.token_url}
+        return {"scheme": "bearer" if login in self.bearer else "api-key"}
 
     def env(self) -> dict[str, str]:
         """What every process gets: nothing of the tests' own environment that means something to us."""
@@ -280,6 +283,8 @@ class Machine:
         for login in self.logins:
             if login in self.bearer:
                 found[secret_variable(login, "TOKEN")] = f"token-canary.{login}.signature"
+            elif login in self.clients:
+                found[secret_variable(login, "CLIENT_ID")] = f"user-canary-{login}"
             elif login not in in_files:
                 found[secret_variable(login, "ACCOUNT_CREDENTIAL")] = json.dumps(credential(login))
             if login in self.own_keys:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import queue
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 #: Seconds after which the server gives up on a client, so that a failing test ends.
 PATIENCE_S = 20.0
@@ -101,6 +103,7 @@ class Hostile:
         self.requests: list[Request] = []
         self.connections = 0
         self.sent = 0
+        self.elsewhere = ""  # where a script that redirects leads to
         self.closing = threading.Event()
         self.closed: queue.Queue[bool] = queue.Queue()
         self._script = script
@@ -152,6 +155,17 @@ class Hostile:
                 with self._tls.wrap_socket(connection, server_side=True) as secured:
                     self._open.append(secured)
                     yield secured
+
+
+def certificate(directory: Path) -> Path:
+    """A certificate for 127.0.0.1, signed by itself, in one file with its key."""
+    path = directory / "server.pem"
+    options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2 -subj /CN=localhost"
+    options += f" -addext subjectAltName=IP:127.0.0.1 -keyout {path}.key -out {path}"
+    subprocess.run(["openssl", "req", *options.split()], check=True, capture_output=True)
+    with path.open("ab") as file:
+        file.write(Path(f"{path}.key").read_bytes())
+    return path
 
 
 def head(status: int, headers: Mapping[str, str] | None = None) -> bytes:

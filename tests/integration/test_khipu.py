@@ -8,7 +8,6 @@ import os
 import queue
 import socket
 import ssl
-import subprocess
 import threading
 import time
 import tracemalloc
@@ -21,6 +20,7 @@ from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
+import hostile
 import pytest
 from hostile import Hostile, Peer, head
 from pydantic import SecretStr
@@ -725,14 +725,7 @@ def test_an_attempt_leaves_no_open_file_behind() -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1, signed by itself, in one file with its key."""
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2 -subj /CN=localhost"
-    options += f" -addext subjectAltName=IP:127.0.0.1 -keyout {path}.key -out {path}"
-    subprocess.run(["openssl", "req", *options.split()], check=True, capture_output=True)
-    with path.open("ab") as file:
-        file.write(Path(f"{path}.key").read_bytes())
-    return path
+    return hostile.certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

@@ -109,6 +109,15 @@ def test_the_scheme_comes_from_the_login() -> None:
     text = '[logins.acme]\nscheme = "bearer"\ntoken_days = 3\n' + ACCOUNT
     assert read(text).definitions["acme-operating"].scheme == "bearer"
     assert read(text).logins["acme"].token_days == 3
+    assert read(text).definitions["acme-operating"].token_days == 3
+    assert read(LOGIN + ACCOUNT).definitions["acme-operating"].token_days is None
+
+
+def test_the_token_url_comes_from_the_login() -> None:
+    text = '[logins.acme]\nscheme = "client-credentials"\ntoken_url = "https://x.test/token"\n' + ACCOUNT
+    definition = read(text).definitions["acme-operating"]
+    assert (definition.scheme, definition.token_url) == ("client-credentials", "https://x.test/token")
+    assert definition.revision != read(text.replace("x.test", "y.test")).definitions["acme-operating"].revision
 
 
 def test_retry_and_limits_are_read() -> None:
@@ -269,6 +278,14 @@ def test_a_required_key_that_is_missing(key: str) -> None:
         ("[logins.b]\nscheme = 'jwt'\n", "accounts.toml:2: logins.b.scheme: 'jwt' is not valid"),
         ("[logins.b]\ntoken = 'x'\n", "accounts.toml:2: logins.b.token: unknown key; secrets are environment"),
         ("[logins.b]\ntoken_url = 'http://x.test'\n", "accounts.toml:2: logins.b.token_url: the address is plain http"),
+        (
+            "[logins.b]\nscheme = 'client-credentials'\n",
+            'accounts.toml:2: logins.b.scheme: "client-credentials" needs a token_url; add token_url',
+        ),
+        (
+            "[logins.b]\nscheme = 'bearer'\ntoken_url = 'https://x.test'\n",
+            'accounts.toml:3: logins.b.token_url: the scheme "bearer" asks for no token; leave it out',
+        ),
         ("[logins.default]\n", "accounts.toml:1: logins.default: is reserved"),
         ("[logins.B]\n", "accounts.toml:1: logins.B: 'B' is not valid"),
         ("[defaults]\nevery = '15'\n", "accounts.toml:2: defaults.every: '15' is no duration"),

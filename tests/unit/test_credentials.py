@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
@@ -9,14 +10,16 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import JsonValue, SecretStr
+from servers import wait_until
 
 from worker import credentials as module
 from worker.accounts import Scheme
-from worker.credentials import Credentials, CredentialStore, Fingerprints, fingerprints
+from worker.credentials import Credentials, CredentialStore, Fingerprints, fingerprints, token_end
 from worker.errors import BalancesError, ConfigurationError, MissingSecret
 
 CANARY = "canary-77aa"
@@ -203,11 +206,53 @@ def test_a_pipe_is_not_waited_for(secrets_dir: Path) -> None:
     assert "is no regular file" in str(error)
 
 
-def test_client_credentials_are_refused_clearly() -> None:
-    store = CredentialStore({}, None)
-    error = failure(lambda: store.credentials("acme", "client-credentials"))
-    assert "not supported yet" in str(error)
-    assert [problem.where for problem in store.problems({"acme": "client-credentials"})] == ["login acme"]
+def test_a_client_has_an_id_and_a_secret() -> None:
+    environ = {"BALANCES_SECRET_DEFAULT_CLIENT_ID": "id", "BALANCES_SECRET_ACME_CLIENT_SECRET": KEY}
+    store = CredentialStore(environ, None)
+    found = store.credentials("acme", "client-credentials")
+    assert found == Credentials("client-credentials", SecretStr(KEY), client_id=SecretStr("id"))
+    assert store.problems({"acme": "client-credentials"}) == []
+    assert "has no client_secret here" in str(failure(lambda: store.credentials("other", "client-credentials")))
+
+
+def jwt(claims: str) -> Credentials:
+    """A bearer token with this payload; nobody looks at the rest."""
+    payload = base64.urlsafe_b64encode(claims.encode()).rstrip(b"=").decode()
+    return Credentials("bearer", SecretStr(f"{CANARY}.{payload}.{CANARY}"))
+
+
+@pytest.mark.parametrize(
+    ("claims", "end"),
+    [
+        ('{"exp": 1795343684}', 1795343684),
+        ('{"exp": 1795343684.9, "sub": "é"}', 1795343684),
+        ('{"exp": 0}', 0),
+        ("{}", None),
+        ('{"exp": null}', None),
+        ('{"exp": "1795343684"}', None),
+        ('{"exp": true}', None),
+        ('{"exp": -1}', None),
+        ('{"exp": 1795343684000}', None),
+        ('{"exp": NaN}', None),
+        ('{"exp": 1e400}', None),
+        ('{"exp": ' + "9" * 5000 + "}", None),
+        ('["exp"]', None),
+        ("17", None),
+        ("exp", None),
+        ("[" * 40_000, None),
+    ],
+)
+def test_a_token_says_when_it_ends(claims: str, end: int | None) -> None:
+    assert token_end(jwt(claims)) == end
+
+
+@pytest.mark.parametrize("token", ["opaque", "a.b", "a.!!!.c", "..", "a.e30", ".", "a.eyJleHAiOjF9x.c"])
+def test_a_token_that_is_no_jwt_does_not_say(token: str) -> None:
+    assert token_end(Credentials("bearer", SecretStr(token))) is None
+
+
+def test_only_a_bearer_token_ends() -> None:
+    assert token_end(replace(jwt('{"exp": 1}'), scheme="api-key")) is None
 
 
 def test_problems_names_every_mistake_once(secrets_dir: Path) -> None:
@@ -231,14 +276,54 @@ def test_no_problems_where_all_is_well() -> None:
     assert store.warnings() == []
 
 
-def test_a_file_that_everyone_can_read_is_a_warning(secrets_dir: Path) -> None:
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o640, 0o620, 0o644, 0o666])
+def test_a_file_that_others_can_read_or_write_is_a_warning(secrets_dir: Path, mode: int) -> None:
     put(secrets_dir, "a.token", TOKEN)
     path = put(secrets_dir, "b.token", TOKEN)
-    path.chmod(0o604)
+    path.chmod(mode)
     store = CredentialStore({}, secrets_dir)
     assert store.problems({"a": "bearer", "b": "bearer"}) == []
     (warning,) = store.warnings()
-    assert warning.startswith(f"{path}: every user of this host can read it")
+    assert warning.startswith(f"{path}: other users of this host can read or write it")
+    path.chmod(0o600)
+    store.credentials("b", "bearer")
+    assert store.warnings() == []
+
+
+@pytest.mark.parametrize(("mode", "is_open"), [(0o440, False), (0o460, True), (0o444, True), (0o400, False)])
+def test_a_file_that_another_user_gives_by_its_group_is_none(mode: int, is_open: bool) -> None:
+    status = os.stat_result((0o100000 | mode, 1, 1, 1, os.geteuid() + 1, 1, 1, 1, 1, 1))
+    assert module._is_open(status) is is_open
+
+
+def test_a_secret_that_kubernetes_swaps_is_read_again(tmp_path: Path) -> None:
+    """The file is a link into a link to a directory, and that link is replaced in one step."""
+    for version in ("one", "two"):
+        (tmp_path / version).mkdir()
+        put(tmp_path / version, "acme.token", version)
+        os.utime(tmp_path / version / "acme.token", (0, 0))
+    (tmp_path / "..data").symlink_to("one")
+    (tmp_path / "acme.token").symlink_to("..data/acme.token")
+    store = CredentialStore({}, tmp_path)
+    assert store.credentials("acme", "bearer").key.get_secret_value() == "one"
+    (tmp_path / "..next").symlink_to("two")
+    (tmp_path / "..next").replace(tmp_path / "..data")
+    assert store.credentials("acme", "bearer").key.get_secret_value() == "two"
+
+
+def test_a_rewrite_of_the_same_size_with_its_old_time_is_seen(secrets_dir: Path) -> None:
+    path = put(secrets_dir, "acme.token", "old")
+    store = CredentialStore({}, secrets_dir)
+    assert store.credentials("acme", "bearer").key.get_secret_value() == "old"
+    before = path.stat()
+    path.write_text("new")
+
+    def has_its_old_time() -> bool:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return path.stat().st_ctime_ns != before.st_ctime_ns
+
+    wait_until(has_its_old_time, what="a tick of the file system's clock")
+    assert store.credentials("acme", "bearer").key.get_secret_value() == "new"
 
 
 def test_a_changed_file_is_read_again(secrets_dir: Path) -> None:
@@ -304,6 +389,15 @@ def test_fingerprints_tell_secrets_salts_and_kinds_apart() -> None:
     different = {key_of("a").key, key_of("b").key, key_of("a", b"other").key, key_of("x", bank="a").bank}
     assert len(different) == 4
     assert all(re.fullmatch(r"[0-9a-f]{32}", fingerprint) for fingerprint in different)
+
+
+def test_a_clients_fingerprint_covers_id_and_secret() -> None:
+    clients = [("a", "b"), ("a", "c"), ("b", "b"), ('a","b', "c")]
+    prints = {
+        fingerprints(Credentials("client-credentials", SecretStr(secret), client_id=SecretStr(name)), b"salt").key
+        for name, secret in clients
+    }
+    assert len(prints | {key_of("b").key}) == 5
 
 
 def test_a_token_has_no_bank_fingerprint() -> None:

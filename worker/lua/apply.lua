@@ -2,8 +2,8 @@
 --
 -- ARGV  1 serial that the caller compared with  2 "prepare" | "set" | "retire" | "finish", in this order
 --   prepare, finish: 3 retry  4 limits  5 request_deadline_ms  6 lease_margin_ms  7 retention_ms  8 content digest
---   set:    3 … ten per account: alias, definition, revision, identity, schedule, slot (ms), login, institution, source,
---           scheme
+--   set:    3 … eleven per account: alias, definition, revision, identity, schedule, slot (ms), login, institution,
+--           source, scheme, token_days ('' where the scheme has no token)
 --   retire: 3 … aliases
 -- Returns { "applied", how many changed } or { "overtaken", serial }: another apply came between; compare again
 --
@@ -54,7 +54,7 @@ local function set(d)
   redis.call('HSET', 'revisions', d.alias, d.revision)
   redis.call('SADD', 'aliases:' .. d.login, d.alias)
   redis.call('SADD', 'logins', d.login)
-  redis.call('HSET', 'login:' .. d.login, 'scheme', d.scheme)
+  redis.call('HSET', 'login:' .. d.login, 'scheme', d.scheme, 'token_days', d.token_days)
   if is_new or is_other then
     start(d.alias, a, d)
   elseif a.state == 'scheduled' and a.schedule ~= d.schedule then
@@ -93,10 +93,10 @@ if at ~= serial then return { 'overtaken', at } end
 if event == 'prepare' then
   prepare()
 elseif event == 'set' then
-  for i = 3, #ARGV, 10 do
+  for i = 3, #ARGV, 11 do
     set({ alias = ARGV[i], definition = ARGV[i + 1], revision = ARGV[i + 2], identity = ARGV[i + 3],
       schedule = ARGV[i + 4], slot = ARGV[i + 5], login = ARGV[i + 6], institution = ARGV[i + 7],
-      source = ARGV[i + 8], scheme = ARGV[i + 9] })
+      source = ARGV[i + 8], scheme = ARGV[i + 9], token_days = ARGV[i + 10] })
   end
 elseif event == 'retire' then
   for i = 3, #ARGV do retire(ARGV[i]) end

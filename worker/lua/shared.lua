@@ -4,7 +4,8 @@
 --   timetable            sorted set: login → moment of its next step (ms). Written by place() and by nothing else.
 --   due:<login>          sorted set: alias → due time (ms), for accounts that may be polled; in flight: not in it.
 --   login:<login>        hash: holder ("alias poll attempt"), until (ms), begun (a worker has begun the holder's token),
---                        refusals, refused_by (caller) · scheme · bank, key (fingerprints last accepted) ·
+--                        refusals, refused_by (caller) · scheme, token_days ('' without a token), token_expires
+--                        (unix seconds, where a worker knows it) · bank, key (fingerprints last accepted) ·
 --                        blocked (bank|key), fingerprint, blocked_at, code, type, description, manual, letter,
 --                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried)
 --   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot ·

@@ -103,6 +103,8 @@ class Bank:
 
     def __init__(self, plans: Mapping[str, Plan], log_ons: Mapping[str, object], default: Plan = OK) -> None:
         self._starting = (dict(plans), dict(log_ons), default)
+        #: Fingerprint of each access token that `tokens` gave → whether it still counts.
+        self.tokens: dict[str, bool] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -147,5 +149,5 @@ class Bank:
         return refused, plan.delay_s(refused, account.number, account.position)
 
     def admits(self, key_fingerprint: str) -> bool:
-        """Whether Khipu takes this api key or token: any, unless it was told which."""
-        return self.keys is None or key_fingerprint in self.keys
+        """Whether Khipu takes this api key or token: any, unless it was told which, or gave and ended it itself."""
+        return self.tokens.get(key_fingerprint, self.keys is None or key_fingerprint in self.keys)

@@ -11,6 +11,8 @@
 | `POST /log-ons/{user}/unlock` | the bank lifts the lock |
 | `DELETE /log-ons/{user}` | no longer checked |
 | `PUT /keys` | `{"accepted": ["key", …]}`: all others get 401; `null`: any is good |
+| `PUT /tokens` | of `POST /oauth/token`: `{"clients": {"id": "secret"}, "expires_in": 3600, "status": 200}` |
+| `DELETE /tokens` | ends every access token given so far; tells how many |
 | `PUT /callbacks` | `{"pauses": ["1s", "2s", "4s", "8s"], "timeout": "10s", "hold_log_on": true}`; see below |
 | `DELETE /accounts` | all of the above is as at the start; waiting callbacks are dropped, hanging requests stay |
 | `GET /requests?since=N` | records after number N, oldest first; see below |
@@ -21,6 +23,8 @@
 
 Both also take `limit` (10,000), `number` (one account), `ended=1` (only what is over) and, instead of sleeping in
 tests, `count` and `wait`: they answer as soon as there are `count` such records, or after `wait` seconds.
+Of `/tokens`, `clients` null means that any is good (others get `invalid_client`), `expires_in` null is not told, and a
+`status` other than 200 is all that is answered.
 `pauses` stand between the tries of a callback that nobody takes (none: one try), `timeout` is for one try, and with
 `hold_log_on` the log-on of an accepted request is in use until its callback is sent (or until LifeSpan), else until the
 202: `overlaps` counts accordingly. `GET /healthz` answers `{"status": "ok"}`.
@@ -43,7 +47,9 @@ from worker.sandbox.endpoint import Endpoint
 from worker.sandbox.http import Exchange, Request, Response, json_response
 from worker.sandbox.journal import CallbackRecord, History, Journal, Record
 from worker.sandbox.notation import parse_plan, parse_step
-from worker.sandbox.reading import NotationError, allow, flag, seconds
+from worker.sandbox.reading import NotationError, allow, flag, integer, seconds
+from worker.sandbox.tokens import Rules as TokenRules
+from worker.sandbox.tokens import Tokens
 
 PREFIX = "/_sandbox"
 LIMIT = 10_000
@@ -58,8 +64,9 @@ AnyHistory = History[Record] | History[CallbackRecord]
 class Control:
     """The control API over one bank, its endpoint, their callbacks and their journal."""
 
-    def __init__(self, bank: Bank, endpoint: Endpoint, callbacks: Callbacks, journal: Journal) -> None:
+    def __init__(self, bank: Bank, endpoint: Endpoint, callbacks: Callbacks, journal: Journal, tokens: Tokens) -> None:
         self._bank = bank
+        self._tokens = tokens
         self._endpoint = endpoint
         self._callbacks = callbacks
         self._journal = journal
@@ -78,6 +85,8 @@ class Control:
             ("DELETE", "/log-ons/X"): self._delete_log_on,
             ("POST", "/log-ons/X/unlock"): self._unlock,
             ("PUT", "/keys"): self._put_keys,
+            ("PUT", "/tokens"): self._put_tokens,
+            ("DELETE", "/tokens"): self._revoke_tokens,
             ("DELETE", "/requests"): self._forget,
             ("GET", "/stats"): self._stats,
         }
@@ -166,8 +175,16 @@ class Control:
         self._bank.keys = None if keys is None else frozenset(map(fingerprint, keys))
         return json_response({})
 
+    def _put_tokens(self, request: Request, _: str) -> Response:
+        self._tokens.rules = _token_rules(_object(request))
+        return json_response({})
+
+    def _revoke_tokens(self, _: Request, __: str) -> Response:
+        return json_response({"revoked": self._tokens.revoke()})
+
     def _reset(self, _: Request, __: str) -> Response:
         self._bank.reset()
+        self._tokens.reset()
         self._callbacks.rules = Rules()
         self._callbacks.drop()
         return json_response({})
@@ -181,6 +198,7 @@ class Control:
         total = journal.total.as_json()
         total["overlaps"] = sum(count.overlaps for count in journal.log_ons.values())
         total["callbacks"] = {"waiting": self._callbacks.owed, **journal.called_back}
+        total["tokens"] = {"given": self._tokens.given, "refused": self._tokens.refused}
         total["accounts"] = {number: count.as_json() for number, count in journal.accounts.items()}
         total["log_ons"] = {name: count.as_json() for name, count in journal.log_ons.items()}
         return json_response(total)
@@ -236,6 +254,21 @@ def _rules(fields: Mapping[str, object]) -> Rules:
         rules = replace(rules, timeout_s=seconds(fields["timeout"]))
     if "hold_log_on" in fields:
         rules = replace(rules, hold_log_on=flag(fields, "hold_log_on"))
+    return rules
+
+
+def _token_rules(fields: Mapping[str, object]) -> TokenRules:
+    """What is not named is as at the start."""
+    allow(fields, ("clients", "expires_in", "status"), "tokens")
+    clients = fields.get("clients")
+    if clients is not None and not (isinstance(clients, dict) and all(isinstance(s, str) for s in clients.values())):
+        raise NotationError('clients is {"id": "secret"}, or null')
+    rules = TokenRules(clients)
+    if "expires_in" in fields:
+        life = None if fields["expires_in"] is None else integer(fields, "expires_in", 0, 10**9)
+        rules = replace(rules, expires_in=life)
+    if "status" in fields:
+        rules = replace(rules, status=integer(fields, "status", 200, 599))
     return rules
 
 

@@ -18,6 +18,8 @@ from worker.sandbox.http import Connection, Exchange, json_response
 from worker.sandbox.journal import HISTORY, Journal
 from worker.sandbox.notation import parse_plan
 from worker.sandbox.reading import parse_latency
+from worker.sandbox.tokens import PATH as TOKEN_PATH
+from worker.sandbox.tokens import Tokens
 
 #: Connections that may wait to be taken: a whole test's worth at once.
 BACKLOG = 8192
@@ -29,7 +31,7 @@ class PortUnavailable(Exception):
 
 
 class Sandbox:
-    """Everything behind the port: the balances call, and the control API beside it."""
+    """Everything behind the port: the balances call, access tokens for it, and the control API beside them."""
 
     def __init__(self, latency: str = "0s", history: int = HISTORY) -> None:
         default = parse_plan({"script": ["ok"]}, parse_latency(latency))
@@ -38,7 +40,8 @@ class Sandbox:
         bank = Bank(plans, scenarios.log_ons(), default)
         callbacks = Callbacks(journal)
         self._endpoint = Endpoint(bank, journal, callbacks)
-        self._control = control.Control(bank, self._endpoint, callbacks, journal)
+        self._tokens = Tokens(bank)
+        self._control = control.Control(bank, self._endpoint, callbacks, journal, self._tokens)
 
     def __call__(self, exchange: Exchange) -> None:
         """Take one request."""
@@ -47,6 +50,8 @@ class Sandbox:
             exchange.answer(json_response({"status": "ok"}))
         elif path.startswith(f"{control.PREFIX}/"):
             self._control.handle(exchange)
+        elif path == TOKEN_PATH:
+            exchange.answer(self._tokens.handle(exchange.request))
         else:
             self._endpoint.handle(exchange)
 
