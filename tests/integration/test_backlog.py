@@ -1,0 +1,178 @@
+"""Backlog: the timetable is where work waits when nobody does it, and it leaves by due time and at a bounded rate."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+import redis
+from planted_faults import patched
+from rounds import Beat
+from test_machine import FROZEN_CLOCK, FrozenTimetable, token_in
+from world import LEASE_MS, MINUTE_MS, STREAM, Entry, World, answer, read_entries
+
+from worker.accounts import Accounts
+from worker.timetable import CLAIM_BATCH, Begun, Token
+
+ACCOUNTS = 10_000
+THREADS = 200
+IN_FLIGHT = 50
+HOUR_MS = 60 * MINUTE_MS
+
+
+class StillWorld(World):
+    """Time passes only when it is told to."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        message, letter = self.template
+        self.timetable = FrozenTimetable(self.client, stream=STREAM, message=message, letter=letter)
+
+    def set_clock(self, now_ms: int) -> None:
+        self.offset_ms = 0
+        self.pass_time(now_ms)
+
+    def pass_time(self, delta: int) -> None:  # type: ignore[override]
+        super().pass_time(delta)
+        self.now_ms = FrozenTimetable.clock_ms = self.offset_ms
+
+    def take(self) -> Iterator[Begun]:
+        """What workers do with the messages that wait, oldest first."""
+        while text := self.client.rpop("balances.polls"):
+            begun = self.begin(token_in(text))
+            assert isinstance(begun, Begun), begun
+            yield begun
+
+    def answer(self, begun: Begun, number: int) -> None:
+        event = answer(begun, "10", f"operation-{number}", ("X",), self.now_ms)
+        settled = self.timetable.settle(begun, event)
+        assert settled is not None
+        assert settled.result == "published"
+
+
+@pytest.fixture
+def world(store: redis.Redis) -> Iterator[StillWorld]:
+    with patched(FROZEN_CLOCK):
+        yield StillWorld(store)
+
+
+def many(count: int, every: str) -> Accounts:
+    """So many accounts, each on a login of its own."""
+    names = [f"a{number:05}" for number in range(count)]
+    return read_entries(*(Entry(name, login=name, number=f"9{name[1:]}", every=every) for name in names))
+
+
+def told(world: StillWorld, type_: str) -> list[str]:
+    """Which accounts the ledger was told this of, in order."""
+    return [fields["subject"] for _, fields in world.client.xrange(STREAM) if fields["type"] == type_]
+
+
+def test_an_hour_without_workers_and_ten_thousand_accounts(world: StillWorld) -> None:
+    world.apply(many(ACCOUNTS, "20m"))
+    beat = Beat(world)
+    world.pass_time(MINUTE_MS)
+    world.workers(IN_FLIGHT)
+    beat.claim()
+    assert len(list(world.take())) == IN_FLIGHT, "polls that are under way when all workers die"
+    world.client.delete("workers")
+    for _ in range(6):
+        world.pass_time(10 * MINUTE_MS)
+        for _ in range(ACCOUNTS // CLAIM_BATCH + 1):
+            beat.claim()
+            beat._next_overdue_s = 0.0
+            beat.tell_overdue()
+    everything = world.check()
+    assert not everything.polls
+    assert everything.overdue == everything.revisions.keys()
+    assert Counter(account["state"] for account in everything.accounts.values()) == {
+        "scheduled": ACCOUNTS - IN_FLIGHT,
+        "waiting": IN_FLIGHT,
+    }
+    due = {alias: int(account["due"]) for alias, account in everything.accounts.items()}
+
+    world.workers(THREADS)
+    order = []
+    while len(order) < ACCOUNTS:
+        beat.claim()
+        assert 0 < world.client.llen("balances.polls") <= THREADS
+        for begun in world.take():
+            order.append(begun.token.account)
+            world.answer(begun, len(order))
+    beat.claim()
+    everything = world.check()
+    assert not everything.polls, "each was due once, not once for each slot"
+    assert not any(everything.letters.values())
+    assert not everything.overdue
+    assert Counter(order) == Counter(due.keys())
+    assert [due[alias] for alias in order] == sorted(due.values())
+    overdue, resumed = told(world, "account.overdue.v1"), told(world, "account.resumed.v1")
+    assert Counter(overdue) == Counter(due.keys())
+    assert resumed == order
+    assert told(world, "account.suspended.v1") == []
+
+
+# --------------------------------------------------------------------------------------------- lapses behind a backlog
+
+
+@pytest.fixture
+def starved(world: StillWorld) -> StillWorld:
+    """Of 45 logins the last one's worker was lost; the others are due, and there is no room."""
+    world.apply(many(45, "300d"))
+    world.due_now("a00044")
+    world.claim()
+    list(world.take())
+    world.pass_time(1)
+    for number in range(44):
+        world.due_now(f"a{number:05}")
+        world.pass_time(1)
+    world.pass_time(LEASE_MS)
+    world.workers(0)
+    return world
+
+
+def lapsed_after(world: StillWorld, claims: int) -> list[Token]:
+    """The first lapse that one of so many claims of ten logins each returns."""
+    found = (world.timetable.claim(10).lapsed for _ in range(claims))
+    return [lapse.token for lapse in next(filter(None, found), ())]
+
+
+def test_without_room_every_lapse_is_found_all_the_same(starved: StillWorld) -> None:
+    assert lapsed_after(starved, 5) == [starved.token("a00044")]
+    assert lapsed_after(starved, 5) == [starved.token("a00044")], "again, until it is judged"
+
+
+def test_with_a_little_room_lapses_are_found_and_the_oldest_go_first(starved: StillWorld) -> None:
+    order: list[str] = []
+    lapses: list[Token] = []
+    for _ in range(8):
+        starved.workers(2)
+        claim = starved.timetable.claim(10)
+        lapses += [lapse.token for lapse in claim.lapsed]
+        order += [token_in(text).account for text in reversed(starved.client.lrange("balances.polls", 0, -1))]
+        starved.client.delete("balances.polls")
+    assert order == [f"a{number:05}" for number in range(16)]
+    assert lapses[0] == starved.token("a00044")
+
+
+def test_what_waits_for_its_message_to_be_sent_again_is_no_loss_however_long(world: StillWorld) -> None:
+    """Nobody takes messages for a day; nobody was lost."""
+    world.apply(many(3, "300d"))
+    for name in ("a00000", "a00001", "a00002"):
+        world.due_now(name)
+    beat = Beat(world)
+    beat.claim()
+    for _ in range(24):
+        world.pass_time(HOUR_MS)
+        beat.claim()
+    accounts = world.check().accounts.values()
+    assert {(account["state"], account["losses"], account["attempt"]) for account in accounts} == {
+        ("dispatched", "0", "1")
+    }
+    messages = [json.loads(text)["headers"]["id"] for text in world.client.lrange("balances.polls", 0, -1)]
+    assert len(set(messages)) == 3
+    begun = list(islice(world.take(), 3))
+    assert [each.counters.losses for each in begun] == [0, 0, 0]
+    assert not list(world.timetable.letters())
