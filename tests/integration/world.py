@@ -347,7 +347,7 @@ class Everything:
         assert self.timetable.get(login) == expected, (login, state, due)
         assert ("holder" in state) == ("until" in state), (login, state)
         assert "holder" in state or state.keys().isdisjoint({"begun", "refusals", "refused_by"}), (login, state)
-        assert due.keys() <= {alias for alias, account in self.accounts.items() if account["login"] == login}
+        assert all(self.accounts[alias]["login"] == login for alias in due), (login, due)
 
     def check_account(self, alias: str) -> None:
         """Exactly one next step: a due time, a place held, or a letter; unless it is paused."""
