@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 
 import pytest
 import redis
@@ -120,44 +119,60 @@ def test_an_hour_without_workers_and_ten_thousand_accounts(world: StillWorld) ->
 # --------------------------------------------------------------------------------------------- lapses behind a backlog
 
 
-@pytest.fixture
-def starved(world: StillWorld) -> StillWorld:
-    """Of 45 logins the last one's worker was lost; the others are due, and there is no room."""
+def starve(world: World) -> Token:
+    """Of 45 logins the last one's worker was lost; the others are due for longer, and there is no room. The loss."""
     world.apply(many(45, "300d"))
     world.due_now("a00044")
     world.claim()
-    list(world.take())
-    world.pass_time(1)
+    assert isinstance(world.begin(world.token("a00044")), Begun)
+    world.client.delete("balances.polls")
     for number in range(44):
-        world.due_now(f"a{number:05}")
         world.pass_time(1)
+        world.due_now(f"a{number:05}")
     world.pass_time(LEASE_MS)
     world.workers(0)
-    return world
+    return world.token("a00044")
 
 
-def lapsed_after(world: StillWorld, claims: int) -> list[Token]:
-    """The first lapse that one of so many claims of ten logins each returns."""
-    found = (world.timetable.claim(10).lapsed for _ in range(claims))
-    return [lapse.token for lapse in next(filter(None, found), ())]
+def test_without_room_every_lapse_is_found_all_the_same(world: World) -> None:
+    lost = starve(world)
+    for _ in range(2):  # again, until it is judged
+        lapsed = [lapse.token for _ in range(5) for lapse in world.timetable.claim(10).lapsed]
+        assert lapsed == [lost]
 
 
-def test_without_room_every_lapse_is_found_all_the_same(starved: StillWorld) -> None:
-    assert lapsed_after(starved, 5) == [starved.token("a00044")]
-    assert lapsed_after(starved, 5) == [starved.token("a00044")], "again, until it is judged"
-
-
-def test_with_a_little_room_lapses_are_found_and_the_oldest_go_first(starved: StillWorld) -> None:
+def test_with_a_little_room_lapses_are_found_and_the_oldest_go_first(world: World) -> None:
+    lost = starve(world)
     order: list[str] = []
     lapses: list[Token] = []
     for _ in range(8):
-        starved.workers(2)
-        claim = starved.timetable.claim(10)
-        lapses += [lapse.token for lapse in claim.lapsed]
-        order += [token_in(text).account for text in reversed(starved.client.lrange("balances.polls", 0, -1))]
-        starved.client.delete("balances.polls")
+        world.workers(2)
+        lapses += [lapse.token for lapse in world.timetable.claim(10).lapsed]
+        order += [token_in(text).account for text in reversed(world.client.lrange("balances.polls", 0, -1))]
+        world.client.delete("balances.polls")
     assert order == [f"a{number:05}" for number in range(16)]
-    assert lapses[0] == starved.token("a00044")
+    assert lapses[0] == lost
+
+
+def test_room_that_the_oldest_do_not_use_is_not_for_those_far_behind_them(world: World) -> None:
+    """The two oldest lapse, and beat has yet to judge them; a claim before this one looked at ten more."""
+    world.apply(many(30, "300d"))
+    for number in range(2):
+        world.due_now(f"a{number:05}")
+    assert world.claim().dispatched == 2
+    tokens = [world.token(f"a{number:05}") for number in range(2)]
+    assert all(isinstance(world.begin(token), Begun) for token in tokens)
+    world.client.delete("balances.polls")
+    world.pass_time(LEASE_MS)
+    for number in range(2, 30):
+        world.pass_time(1)
+        world.due_now(f"a{number:05}")
+    world.workers(0)
+    world.timetable.claim(10)
+    world.workers(2)
+    claim = world.timetable.claim(10)
+    assert [lapse.token for lapse in claim.lapsed] == tokens
+    assert claim.dispatched == 0
 
 
 def test_what_waits_for_its_message_to_be_sent_again_is_no_loss_however_long(world: StillWorld) -> None:
@@ -170,12 +185,12 @@ def test_what_waits_for_its_message_to_be_sent_again_is_no_loss_however_long(wor
     for _ in range(24):
         world.pass_time(HOUR_MS)
         beat.claim()
-    accounts = world.check().accounts.values()
-    assert {(account["state"], account["losses"], account["attempt"]) for account in accounts} == {
+    accounts = world.check().accounts
+    assert {(each["state"], each["losses"], each["attempt"]) for each in accounts.values()} == {
         ("dispatched", "0", "1")
     }
     messages = [json.loads(text)["headers"]["id"] for text in world.client.lrange("balances.polls", 0, -1)]
     assert len(set(messages)) == 3
-    begun = list(islice(world.take(), 3))
-    assert [each.counters.losses for each in begun] == [0, 0, 0]
+    begun = [world.begin(world.token(name)) for name in sorted(accounts)]
+    assert all(isinstance(each, Begun) and each.counters.losses == 0 for each in begun)
     assert not list(world.timetable.letters())

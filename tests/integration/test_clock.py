@@ -278,6 +278,59 @@ def test_a_dead_worker_is_not_believed_for_longer_because_the_clock_went_back(wo
     assert world.client.zcard("workers") == 0
 
 
+# --------------------------------------------------------------------------------- the scripts alone, without a beat
+
+
+@pytest.mark.parametrize("by_ms", JUMPS)
+def test_holding_moves_what_was_written_before_the_jump_and_only_that(world: World, by_ms: int) -> None:
+    """Here the jump is one of `clock:offset`, which the scripts cannot tell from any other."""
+    world.apply(read_entries(*(Entry(alias, login=alias) for alias in "abc")))
+    tokens = {alias: start(world, alias).token for alias in "ab"}
+    world.postpone(tokens["a"], seconds=FOUR_HOURS_MS / 1000)
+    idle_ms = int(world.account("c")["due"]) - world.timetable.now_ms()
+    seen = world.claim()
+    world.pass_time(by_ms)
+    world.postpone(tokens["b"], seconds=FOUR_HOURS_MS / 1000)
+    assert world.timetable.hold(Jump(by_ms, 5000), seen) == LEASE_MS
+    world.check()
+    left = [int(world.account(alias)["due"]) - world.timetable.now_ms() for alias in "abc"]
+    assert all(
+        0 <= was - is_ < SLACK_MS for was, is_ in zip((FOUR_HOURS_MS, FOUR_HOURS_MS, idle_ms), left, strict=True)
+    )
+
+
+def test_a_hold_that_was_noted_is_not_noted_again(world: World) -> None:
+    world.apply(read_entries(Entry("a"), Entry("b")))
+    seen = world.claim()
+    world.pass_time(HOUR_MS)
+    assert world.timetable.hold(Jump(HOUR_MS, 0), seen) == LEASE_MS
+    due = world.due("a")
+    assert world.timetable.hold(Jump(HOUR_MS, 0), seen) is None
+    assert world.due("a") == due
+
+
+def test_a_claim_at_another_time_than_expected_does_nothing(world: World) -> None:
+    world.apply(read_entries(Entry("a"), Entry("b")))
+    clock_ms = world.claim().clock_ms
+    world.due_now("a")
+    for off_ms in (-HOUR_MS, HOUR_MS):
+        assert world.timetable.claim(expected_ms=clock_ms + off_ms).dispatched == 0
+    assert world.timetable.claim(expected_ms=clock_ms).dispatched == 1
+
+
+def test_nothing_is_claimed_while_held(world: World) -> None:
+    world.apply(read_entries(Entry("a"), Entry("b")))
+    world.timetable.hold(Jump(0, 0), world.claim())
+    world.due_now("a")
+    claim = world.claim()
+    assert claim.dispatched == 0
+    assert claim.wait_ms is not None
+    assert LEASE_MS - SLACK_MS < claim.wait_ms <= LEASE_MS
+    world.pass_time(LEASE_MS)
+    world.workers(100)
+    assert world.claim().dispatched == 1
+
+
 # -------------------------------------------------------------------------------------------------------- trimming
 
 
@@ -324,6 +377,23 @@ def test_nothing_is_trimmed_by_a_clock_at_which_no_beat_looks(world: JumpingWorl
     world.settle(begun)
     assert world.client.xlen(STREAM) == old_entries + 1
     assert kept(world, old_entries) < old_entries, "a claim looked"
+
+
+def test_an_hour_without_a_beat_trims_nothing(world: World) -> None:
+    world.apply(read_entries(Entry("a", login="a"), Entry("b", login="b")))
+    world.settle(start(world, "a"))
+    [(_, fields)] = world.client.xrange(STREAM)
+    world.client.delete(STREAM)
+    pipeline = world.client.pipeline()
+    for number in range(1000):
+        pipeline.xadd(STREAM, fields, id=f"{number + 1}-0")
+    pipeline.execute()
+    begun = start(world, "b")
+    world.pass_time(HOUR_MS)
+    world.settle(begun)
+    assert world.client.xlen(STREAM) == 1001
+    world.settle(start(world, "a"))
+    assert world.client.xlen(STREAM) < 1000
 
 
 # ---------------------------------------------------------------------------------- the clock on the wall, a leap day

@@ -17,12 +17,16 @@ from worker.timetable import Begun
 EVERY_MS = EVERY_S * 1000
 
 
-@pytest.fixture
-def world(store: redis.Redis) -> World:
+def prepared(store: redis.Redis) -> World:
     """The account a, and on its login b, which is not due for long."""
     world = World(store)
     world.apply(read_entries(Entry("a"), Entry("b", every="300d")))
     return world
+
+
+@pytest.fixture
+def world(store: redis.Redis) -> World:
+    return prepared(store)
 
 
 def start(world: World) -> Begun:
@@ -133,17 +137,16 @@ def test_a_late_answer_does_not_end_the_spell(world: World) -> None:
     assert is_counted(world)
 
 
-@pytest.mark.parametrize(
-    ("keep", "lift"),
-    [
-        (lambda world: world.timetable.pause("a"), lambda world: world.timetable.resume("a")),
-        (lambda world: world.block(world.token("b")), lambda world: world.timetable.unblock("acme")),
-    ],
-    ids=["paused", "blocked"],
-)
-def test_what_may_not_be_polled_is_not_overdue_and_counts_from_when_it_may(
-    world: World, keep: Callable[[World], object], lift: Callable[[World], object]
-) -> None:
+#: What keeps an account from being polled, and what lifts that.
+OVERLAYS: dict[str, tuple[Callable[[World], object], Callable[[World], object]]] = {
+    "paused": (lambda world: world.timetable.pause("a"), lambda world: world.timetable.resume("a")),
+    "blocked": (lambda world: world.block(world.token("b")), lambda world: world.timetable.unblock("acme")),
+}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_may_not_be_polled_is_not_overdue_and_counts_from_when_it_may(world: World, overlay: str) -> None:
+    keep, lift = OVERLAYS[overlay]
     world.due_now("a")
     keep(world)
     world.pass_time(3 * EVERY_MS)
@@ -155,6 +158,16 @@ def test_what_may_not_be_polled_is_not_overdue_and_counts_from_when_it_may(
     world.pass_time(2000)
     assert "a" in look(world)
     assert is_counted(world)
+
+
+def test_what_was_blocked_before_it_settled_is_not_overdue(world: World) -> None:
+    world.due_now("a")
+    begun = start(world)
+    world.block(world.token("b"))
+    world.settle(begun)
+    world.pass_time(3 * EVERY_MS)
+    assert look(world) == []
+    assert not is_counted(world)
 
 
 def test_a_pause_does_not_end_the_spell_but_a_paused_account_is_not_counted(world: World) -> None:
