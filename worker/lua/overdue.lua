@@ -16,7 +16,7 @@ end
 local function tell(alias, a)
   redis.call('HSET', 'account:' .. alias, 'overdue', a.due)
   publish_account(stream, alias, 'account.overdue.v1', {
-    since = iso(tonumber(a.due)), interval = math.max(1, math.floor(a.interval / 1000)),
+    since = iso(tonumber(a.due)), interval = math.floor(a.interval / 1000),
   })
   told[#told + 1] = alias
 end
