@@ -559,6 +559,7 @@ FAULTS = [
         "and not a.paused and redis.call('HEXISTS', 'login:' .. a.login, 'blocked') == 0",
         "",
         overdue.test_what_was_blocked_before_it_settled_is_not_overdue,
+        found=False,
     ),
     Fault(
         "settle does not end the spell",
