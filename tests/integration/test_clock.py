@@ -272,10 +272,14 @@ def test_while_nothing_is_claimed_nobody_is_told_overdue(world: JumpingWorld, be
     assert not world.timetable.tell_overdue().told, "their time moved with the clock"
 
 
-def test_a_dead_worker_is_not_believed_for_longer_because_the_clock_went_back(world: JumpingWorld, beat: Beat) -> None:
-    world.jump(-HOUR_MS)
+@pytest.mark.parametrize("by_ms", JUMPS)
+def test_a_dead_worker_is_believed_for_as_long_as_ever(world: JumpingWorld, beat: Beat, by_ms: int) -> None:
+    world.client.delete("workers")
+    world.timetable.register_worker("dead", 4, ttl_s=15)
+    until_ms = int(world.client.zscore("workers", "dead 4"))
+    world.jump(by_ms)
     beat.claim()
-    assert world.client.zcard("workers") == 0
+    assert 0 <= int(world.client.zscore("workers", "dead 4")) - by_ms - until_ms < SLACK_MS
 
 
 # --------------------------------------------------------------------------------- the scripts alone, without a beat

@@ -25,6 +25,10 @@ local function move_score(key, member)
   if at then redis.call('ZADD', key, whole(at + jump), member) end
 end
 
+local function move_all(key)
+  for _, member in ipairs(redis.call('ZRANGE', key, 0, -1)) do move_score(key, member) end
+end
+
 local function move_account(alias, login)
   local key = 'account:' .. alias
   if is_new(redis.call('HGET', key, 'moved_at')) then return end
@@ -44,16 +48,14 @@ end
 local function move(login)
   move_place(login)
   for _, alias in ipairs(redis.call('SMEMBERS', 'aliases:' .. login)) do move_account(alias, login) end
-  for _, failed in ipairs(redis.call('ZRANGE', 'failures:' .. login, 0, -1)) do
-    move_score('failures:' .. login, failed)
-  end
+  move_all('failures:' .. login)
   place(login)
 end
 
 if (redis.call('HGET', 'config', 'jumped') or '0') ~= known then return { 'known' } end
 for _, login in ipairs(redis.call('SMEMBERS', 'logins')) do move(login) end
--- They say within seconds that they are there; one that died would be believed for as long as the clock went back.
-redis.call('DEL', 'workers')
+-- Those that live say so again within seconds.
+move_all('workers')
 redis.call('HSET', 'config', 'jumped', whole(known + jump), 'hold_until', whole(now + lease_ms),
   'trim_from', whole(now + config_ms('retention_ms')))
 count('clock jump')

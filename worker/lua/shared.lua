@@ -10,10 +10,11 @@
 --                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried)
 --   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot,
 --                        interval (ms) · state, due, moved_at (when it came to that), paused · overdue_at (ms),
---                        overdue (since when, as the ledger was told; until it hears otherwise) · poll, attempt, caller, begun_at, first_at, releases (how many there had
---                        been when it began), callback (digest), answered · tries, waits, losses · last_ok,
---                        last_outcome, last_at · queue, letter, code, type, description, suspended_at ·
---                        latest_poll, latest_attempt, latest_fingerprint
+--                        overdue (since when, as the ledger was told; until it hears otherwise) · poll, attempt,
+--                        caller, begun_at, first_at, releases (how many there had been when it began),
+--                        callback (digest), answered · tries, waits, losses · last_ok, last_outcome, last_at ·
+--                        queue, letter, code, type, description, suspended_at · latest_poll, latest_attempt,
+--                        latest_fingerprint
 --   aliases:<login>      set: the login's accounts          logins   set: every login ever defined
 --   revisions            hash: alias → revision of every account defined now
 --   callback:<digest>    hash: login, alias, poll, attempt, generation, definition, bank, key · bodies, seen,
