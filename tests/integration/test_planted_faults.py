@@ -13,7 +13,7 @@ import pytest
 import redis
 import test_backlog as backlog
 import test_callbacks as callbacks
-import test_clock as clock
+import test_clock_jumps as clock
 import test_overdue as overdue
 import test_timetable as rules
 from planted_faults import Patch, patched
