@@ -25,9 +25,10 @@ from celery.beat import Scheduler
 from worker import logs
 from worker.accounts import load_accounts
 from worker.celery import Wiring, exiting_on_mistakes, wiring
+from worker.clock import ClockWatch, Jump, Reading
 from worker.errors import ConfigurationError, Kind, Outcome, Refused, StoreUnavailable
 from worker.policy import Publish, decide
-from worker.timetable import CLAIM_BATCH, Lapse
+from worker.timetable import CLAIM_BATCH, Claim, Lapse
 
 log = structlog.get_logger()
 
@@ -41,6 +42,10 @@ QUIET_S = 1.0
 REMOVAL_QUIET_S = 5.0
 #: After so long it is said that a change waits.
 PATIENCE_S = 15.0
+#: How often it is looked for accounts that have become overdue.
+OVERDUE_EVERY_S = 5.0
+#: Accounts that one line of the log names.
+MOST_NAMES = 20
 #: Problems of an accounts file that one line of the log names.
 MOST_PROBLEMS = 20
 
@@ -51,9 +56,15 @@ LAPSES = {
 }
 
 
+def steady_s() -> float:
+    """A clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 class TimetableScheduler(Scheduler):
     """Claims what is due in the timetable, at the latest every second."""
 
+    _next_overdue_s = 0.0
     _is_away = False
     _is_set_up = False
 
@@ -69,6 +80,7 @@ class TimetableScheduler(Scheduler):
         with exiting_on_mistakes():
             self._wiring: Wiring = wiring()
             self._definitions = DefinitionsFile(self._wiring)
+        self._clock = ClockWatch()
         self._is_set_up = True
 
     def tick(self, *args: Any, **kwargs: Any) -> float:
@@ -79,6 +91,7 @@ class TimetableScheduler(Scheduler):
                 self._set_up()
             self._definitions.apply_when_changed()
             sleep_s = self.claim()
+            self.tell_overdue()
         except StoreUnavailable as error:
             self._say_away(str(error))
             return MAX_SLEEP_S
@@ -89,8 +102,11 @@ class TimetableScheduler(Scheduler):
 
     def claim(self) -> float:
         """Claims once and concludes what lapsed; returns the seconds until there is more to do."""
-        timetable = self._wiring.timetable
-        claim = timetable.claim()
+        sent_s = steady_s()
+        claim = self._wiring.timetable.claim(expected_ms=self._clock.expected_ms(sent_s))
+        jump = self._clock.look(Reading(claim.clock_ms - claim.jumped_ms, sent_s, steady_s()))
+        if jump is not None:
+            self.hold(jump, claim)
         for lapse in claim.lapsed:
             self.conclude(lapse)
         if claim.dispatched or claim.resent:
@@ -101,6 +117,21 @@ class TimetableScheduler(Scheduler):
         if claim.wait_ms is None:
             return MAX_SLEEP_S
         return min(MAX_SLEEP_S, max(FULL_SLEEP_S, claim.wait_ms / 1000))
+
+    def hold(self, jump: Jump, claim: Claim) -> None:
+        """Takes note of a jump of the server's clock, so that nobody claims for one lease; two beats: once."""
+        held_ms = self._wiring.timetable.hold(jump, claim)
+        if held_ms is not None:
+            log.error("the server's clock jumped", jump_s=jump.by_ms / 1000, held_s=held_ms / 1000)
+
+    def tell_overdue(self) -> None:
+        """Tells the ledger of accounts that have become overdue, a batch at a time."""
+        if time.monotonic() < self._next_overdue_s:
+            return
+        overdue = self._wiring.timetable.tell_overdue()
+        if overdue.told:
+            log.warning("overdue", count=len(overdue.told), accounts=overdue.told[:MOST_NAMES])
+        self._next_overdue_s = time.monotonic() + (0 if overdue.is_more else OVERDUE_EVERY_S)
 
     def conclude(self, lapse: Lapse) -> None:
         """Decides what follows a lapse, as for any failed attempt, and applies it."""

@@ -115,7 +115,7 @@ class AccountResumed(_AboutAccount):
     by: str = Field(
         min_length=1,
         description="What brought it back; more may come",
-        examples=["release", "redrive", "unblock", "new credential"],
+        examples=["release", "redrive", "unblock", "new credential", "answer"],
     )
 
 

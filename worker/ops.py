@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from worker import schedule, stream
+from worker import stream
 from worker.accounts import Accounts, Definition, load_accounts
 from worker.credentials import CredentialStore, token_end
 from worker.errors import ConfigurationError, MissingSecret, Refused
@@ -45,6 +45,8 @@ WANTED = {"resume": "it is not paused", "redrive": "it is not suspended", "disca
 
 #: States in which an account's next step is a due time of its own.
 PLANNED = frozenset({"scheduled", "waiting", "awaiting"})
+#: States in which nobody has begun its poll.
+WAITS = frozenset({"scheduled", "waiting", "dispatched"})
 #: How long `tail` lets a server that is away rest.
 AWAY_S = 1.0
 
@@ -168,7 +170,7 @@ def account_row(alias: str, fields: Mapping[str, str], is_blocked: bool, now_ms:
     """The row of a defined account, from the fields of its hash."""
     state = "paused" if "paused" in fields else "blocked" if is_blocked else fields["state"]
     is_planned = state in PLANNED
-    due_ms = int(fields["due"])
+    overdue_ms = int(fields.get("overdue_at", now_ms))
     return AccountRow(
         alias=alias,
         institution=fields["institution"],
@@ -176,10 +178,10 @@ def account_row(alias: str, fields: Mapping[str, str], is_blocked: bool, now_ms:
         state=state,
         attempt=int(fields["attempt"]),
         poll=int(fields["poll"]),
-        next_due=iso(due_ms) if is_planned else None,
+        next_due=iso(int(fields["due"])) if is_planned else None,
         last_ok=iso(int(fields["last_ok"])) if "last_ok" in fields else None,
         last_outcome=fields.get("last_outcome"),
-        overdue=is_planned and due_ms < now_ms and _is_overdue(fields["definition"], due_ms, now_ms),
+        overdue=state in WAITS and overdue_ms < now_ms,
     )
 
 
@@ -234,12 +236,6 @@ def _commands(row: AccountRow, underneath: str) -> tuple[str, ...]:
     if row.state == "blocked":
         commands = (f"balances unblock {row.login}", *commands)
     return (f"balances resume {alias}", *commands) if row.state == "paused" else (*commands, f"balances pause {alias}")
-
-
-def _is_overdue(definition: str, due_ms: int, now_ms: int) -> bool:
-    """Due for longer than its own interval, and not polled."""
-    interval_ms = schedule.interval_ms(Definition.model_validate_json(definition), due_ms)
-    return now_ms - due_ms > interval_ms
 
 
 def dead_letters(timetable: Timetable, queue: str | None = None) -> list[LetterRow]:

@@ -34,7 +34,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ClusterDownError, OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry as ConnectionRetry
 
-from worker import policy, schedule
+from worker import clock, policy, schedule
 from worker.accounts import Accounts, Definition, Limits, Retry, Scheme
 from worker.errors import Outcome, Refused, StoreUnavailable
 from worker.policy import Counters, Credential, DeadLetterQueue
@@ -47,6 +47,8 @@ ANSWERS = "balances.answers"
 CLAIM_BATCH = 500
 #: Accounts that one call of `apply` defines, for the same reason.
 APPLY_BATCH = 200
+#: Accounts that one look for those that are overdue tells the ledger of, for the same reason.
+OVERDUE_BATCH = 500
 #: How long a stored answer waits before its settling is pushed again.
 SETTLE_AGAIN_MS = 60_000
 #: How long the server may take to write what it has taken in to its append-only file.
@@ -97,12 +99,25 @@ class Lapse:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one claim did. `wait_ms`: until the next login is due, None for an empty timetable."""
+    """What one claim did. `wait_ms`: until the next login is due, None for an empty timetable.
+
+    `clock_ms`: what the server's clock said (whatever tests do to it), `jumped_ms`: its jumps that are known.
+    """
 
     dispatched: int
     resent: int
     wait_ms: int | None
     lapsed: tuple[Lapse, ...]
+    clock_ms: int
+    jumped_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """A look for accounts that are overdue: which ones the ledger was told of, and whether there may be more."""
+
+    told: tuple[str, ...]
+    is_more: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +265,30 @@ class Timetable:
 
     # ------------------------------------------------------------------------------------------------ beat
 
-    def claim(self, most: int = CLAIM_BATCH) -> Claim:
-        """Dispatches what is due, as far as the queue has room; returns what lapsed, for a decision."""
-        dispatched, resent, wait_ms, lapsed = self._run("claim", most, self._message, self._settling, SETTLE_AGAIN_MS)
-        return Claim(dispatched, resent, None if wait_ms < 0 else wait_ms, tuple(map(_read_lapse, lapsed)))
+    def claim(self, most: int = CLAIM_BATCH, *, expected_ms: int | None = None) -> Claim:
+        """Dispatches what is due, as far as the queue has room; returns what lapsed, for a decision.
+
+        Does nothing where the server's clock, less its known jumps, is not about `expected_ms`.
+        """
+        expected = "" if expected_ms is None else expected_ms
+        templates = (self._message, self._settling)
+        row = self._run("claim", most, *templates, SETTLE_AGAIN_MS, expected, clock.TOLERANCE_MS)
+        dispatched, resent, wait_ms, lapsed, clock_ms, jumped_ms = row
+        rest = tuple(map(_read_lapse, lapsed)), clock_ms, jumped_ms
+        return Claim(dispatched, resent, None if wait_ms < 0 else wait_ms, *rest)
+
+    def hold(self, jump: clock.Jump, seen: Claim) -> int | None:
+        """Takes note of a jump of the clock, as measured by what this claim saw; nothing is claimed for so long (ms).
+
+        None: another beat had taken note of it already.
+        """
+        result = self._run("hold", jump.by_ms, seen.jumped_ms, seen.clock_ms - jump.within_ms)
+        return int(result[1]) if result[0] == "held" else None
+
+    def tell_overdue(self, most: int = OVERDUE_BATCH) -> Overdue:
+        """Tells the ledger of accounts that have become overdue."""
+        looked, told = self._run("overdue", self._stream, most)
+        return Overdue(tuple(told), looked >= most)
 
     def apply(self, accounts: Accounts, *, force: bool = False) -> int:
         """Makes Redis hold these definitions; returns how many accounts were added, changed or retired.
@@ -359,6 +394,7 @@ class Timetable:
         """Publishes the answer, once per operation, whatever its token says. None: it is another account's."""
         data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
         definition = begun.definition
+        next_ms = _next_slot_ms(definition, begun.now_ms, event.fetched_at_ms)
         result = self._run(
             "settle",
             self._stream,
@@ -369,8 +405,9 @@ class Timetable:
             event.fetched_at_ms,
             data.removesuffix("}"),
             event.fingerprint,
-            _next_slot_ms(definition, begun.now_ms, event.fetched_at_ms),
+            next_ms,
             definition.revision,
+            schedule.interval_ms(definition, next_ms),
             *event.account_ids,
         )
         return None if result[0] == "foreign" else Settled(result[0], result[1] == "true")
@@ -646,6 +683,7 @@ def _next_slot_ms(definition: Definition, begun_ms: int, after_ms: int) -> int:
 
 def _definition_args(definition: Definition, now_ms: int) -> tuple[str | int, ...]:
     identity = sha256(json.dumps(definition.identity).encode()).hexdigest()
+    slot_ms = schedule.next_slot_ms(definition, now_ms)
     plan = f"every {definition.every_ms}" if definition.every_ms else f"cron {definition.cron} {definition.timezone}"
     return (
         definition.alias,
@@ -653,12 +691,13 @@ def _definition_args(definition: Definition, now_ms: int) -> tuple[str | int, ..
         definition.revision,
         identity,
         plan,
-        schedule.next_slot_ms(definition, now_ms),
+        slot_ms,
         definition.login,
         definition.institution,
         source_of(definition),
         definition.scheme,
         definition.token_days or "",
+        schedule.interval_ms(definition, slot_ms),
     )
 
 

@@ -20,6 +20,7 @@ AGAIN_MS = 60_000
 MOST_BODIES = 4
 BEGUN = {"polling", "awaiting"}
 DEAD = {"suspended", "parked"}
+WAITS = {"scheduled", "waiting", "dispatched"}
 
 
 @dataclass
@@ -38,6 +39,10 @@ class Account:
     is_answered: bool = False
     latest: tuple[int, int] = (0, 0)
     amount: str = ""
+    interval_ms: int = 0
+    overdue_at_ms: int | None = None  #: None: it is not looked at any more
+    is_overdue: bool = False
+    is_told: bool = False
 
     @property
     def alias(self) -> str:
@@ -54,16 +59,25 @@ class Account:
     def is_at(self, token: Token, *states: str) -> bool:
         return self.token == token and self.state in states
 
-    def start_over(self, due_ms: int) -> None:
-        self.state, self.due_ms, self.counters = "scheduled", due_ms, (0, 0, 0)
+    def start_over(self, due_ms: int, now_ms: int) -> None:
+        self.counters = (0, 0, 0)
+        self.step("scheduled", due_ms, now_ms)
 
-    def wait(self, due_ms: int) -> None:
-        self.state, self.due_ms = "waiting", due_ms
+    def step(self, state: str, due_ms: int, now_ms: int) -> None:
+        self.state, self.due_ms = state, due_ms
+        self.watch(now_ms)
 
-    def void(self) -> None:
+    def watch(self, now_ms: int) -> None:
+        """It is overdue an interval after its due time, or after what kept it from being polled then."""
+        self.is_overdue, self.overdue_at_ms = False, max(self.due_ms, now_ms) + self.interval_ms
+
+    def unwatch(self) -> None:
+        self.is_overdue, self.overdue_at_ms = False, None
+
+    def void(self, now_ms: int) -> None:
         """A token that nobody has begun: the account stands where it stood before the claim."""
         if self.state == "dispatched":
-            self.state = "scheduled" if self.attempt == 1 else "waiting"
+            self.step("scheduled" if self.attempt == 1 else "waiting", self.due_ms, now_ms)
 
 
 @dataclass
@@ -152,25 +166,30 @@ class Model:
         for alias, account in self.accounts.items():
             if alias not in accounts.definitions and account.state != "retired":
                 account.state, account.is_paused, account.latest, account.amount = "retired", False, (0, 0), ""
+                account.is_told = False
+                account.unwatch()
 
     def _define(self, definition: Definition) -> None:
         self.logins.setdefault(definition.login, Login())
         slot_ms = schedule.next_slot_ms(definition, self.now_ms)
         account = self.accounts.get(definition.alias)
+        interval_ms = schedule.interval_ms(definition, slot_ms)
         if account is None:
-            self.accounts[definition.alias] = Account(definition, due_ms=slot_ms, slot_ms=slot_ms)
+            account = Account(definition, slot_ms=slot_ms, interval_ms=interval_ms)
+            account.start_over(slot_ms, self.now_ms)
+            self.accounts[definition.alias] = account
             return
         old, account.definition = account.definition, definition
         if account.state != "retired" and old == definition:
             return
-        account.slot_ms = slot_ms
+        account.slot_ms, account.interval_ms = slot_ms, interval_ms
         if old.identity != definition.identity:
             account.generation += 1
             account.latest, account.amount = (0, 0), ""
         if old.identity != definition.identity or account.state == "retired":
-            account.start_over(slot_ms)
+            account.start_over(slot_ms, self.now_ms)
         elif account.state == "scheduled" and old.every_ms != definition.every_ms:
-            account.due_ms = slot_ms
+            account.step("scheduled", slot_ms, self.now_ms)
 
     # ------------------------------------------------------------------------------------------------ claim, begin
 
@@ -190,6 +209,8 @@ class Model:
                 if self.is_at(login.holder, "polling") and not self.accounts[login.holder.account].is_answered:
                     lapsed.append(login.holder)
                     continue
+                if self.is_at(login.holder, "awaiting") and not self.accounts[login.holder.account].is_answered:
+                    self.accounts[login.holder.account].watch(self.now_ms)
                 login.free(login.holder)
             account = self.next_account(name)
             if account and account.due_ms <= self.now_ms and account.state == "awaiting":
@@ -233,6 +254,7 @@ class Model:
                 login.until_ms = self.now_ms + MARGIN_MS
             return f"refused {'key' if key in self.failed else 'bank'} {login.refusals}"
         account.state, account.caller, account.was_woken = "polling", caller, False
+        account.unwatch()
         login.accepted = {"bank": bank, "key": key}
         login.is_begun, login.refusals, login.refused_by = True, 0, ""
         login.until_ms = self.now_ms + DEADLINE_MS + MARGIN_MS
@@ -312,8 +334,12 @@ class Model:
             result = "published" if is_current else "late"
         if is_current:
             next_ms = schedule.next_slot_ms(definition, fetched_at_ms)
-            account.start_over(next_ms if definition == account.definition else account.slot_ms)
+            if definition == account.definition:
+                account.interval_ms = schedule.interval_ms(definition, next_ms)
+            account.start_over(next_ms if definition == account.definition else account.slot_ms, self.now_ms)
             self.logins[token.login].is_probing = False
+            if account.is_told:
+                self._say(account, "resumed", "answer")
         self._end(token)
         return result
 
@@ -329,7 +355,7 @@ class Model:
             return f"postponed {account.due_ms}"
         result = "stale"
         if account and self._decides(token, is_answer):
-            account.wait(self.now_ms + countdown_ms)
+            account.step("waiting", self.now_ms + countdown_ms, self.now_ms)
             account.counters = counters
             result = f"postponed {account.due_ms}"
         self._end(token)
@@ -345,13 +371,13 @@ class Model:
             result = self._wait_shortly(account, short_ms)
         elif account and self._decides(token, is_answer):
             account.state = result = state
-            self.events.append(("suspended", token.account, state))
+            self._say(account, "suspended", state)
         self._end(token)
         return result
 
     def _wait_shortly(self, account: Account, short_ms: int) -> str:
         if account.state != "waiting":
-            account.wait(self.now_ms + short_ms)
+            account.step("waiting", self.now_ms + short_ms, self.now_ms)
         return f"postponed {account.due_ms}"
 
     def block(self, token: Token, kind: str, fingerprint: str, code: str, short_ms: int, *, refused: bool) -> str:
@@ -378,7 +404,7 @@ class Model:
     def _block(self, login: Login, token: Token, kind: str, fingerprint: str, code: str) -> None:
         account = self._account(token)
         if account and account.is_at(token, *BEGUN):
-            account.start_over(self.now_ms)
+            account.start_over(self.now_ms, self.now_ms)
         if fingerprint:
             login.to_forgive[kind] = fingerprint
         was_blocked = login.blocked
@@ -387,11 +413,34 @@ class Model:
             login.is_probing, login.probe = False, ""
         if not was_blocked:
             if login.holder and (holding := self._account(login.holder)) and holding.login == token.login:
-                holding.void()
+                holding.void(self.now_ms)
+            for each in self.of(token.login):
+                each.unwatch()
             self._tell(token.login, "suspended", "blocked")
 
     def _tell(self, login: str, what: str, why: str) -> None:
-        self.events += [(what, account.alias, why) for account in self.of(login) if account.state not in DEAD]
+        for account in self.of(login):
+            if account.state not in DEAD:
+                self._say(account, what, why)
+
+    def _say(self, account: Account, what: str, why: str) -> None:
+        self.events.append((what, account.alias, why))
+        account.is_told = what == "overdue"
+
+    def tell_overdue(self) -> list[str]:
+        """Those whose time is over and that may be polled are overdue; the ledger hears once of each spell."""
+        told = []
+        for account in sorted(self.accounts.values(), key=lambda account: (account.overdue_at_ms or 0, account.alias)):
+            if account.overdue_at_ms is None or account.overdue_at_ms > self.now_ms:
+                continue
+            account.overdue_at_ms = None
+            if account.is_paused or self.logins[account.login].blocked or account.state not in WAITS:
+                continue
+            account.is_overdue = True
+            if not account.is_told:
+                self._say(account, "overdue", str(account.due_ms))
+                told.append(account.alias)
+        return told
 
     # ------------------------------------------------------------------------------------------------ operators
 
@@ -405,19 +454,22 @@ class Model:
         account = self.accounts[alias]
         if account.is_paused or self.logins[account.login].blocked:
             return "paused" if account.is_paused else "blocked"
-        account.due_ms = self.now_ms
+        account.step("scheduled", self.now_ms, self.now_ms)
         return None
 
     def pause(self, alias: str) -> str | None:
         refusal = self._refusal(alias, "scheduled", "dispatched", "waiting", *BEGUN, *DEAD)
         if refusal is None and not self.accounts[alias].is_paused:
-            self.accounts[alias].void()
+            self.accounts[alias].void(self.now_ms)
             self.accounts[alias].is_paused = True
+            self.accounts[alias].unwatch()
         return refusal
 
     def resume(self, alias: str) -> str | None:
         if alias in self.accounts and self.accounts[alias].is_paused:
             self.accounts[alias].is_paused = False
+            if self.is_planned(self.accounts[alias]):
+                self.accounts[alias].watch(self.now_ms)
             return None
         return self._refusal(alias)
 
@@ -428,14 +480,14 @@ class Model:
         return refusal
 
     def _bring_back(self, account: Account, due_ms: int, by: str) -> None:
-        account.start_over(due_ms)
+        account.start_over(due_ms, self.now_ms)
         if not self.logins[account.login].blocked:
-            self.events.append(("resumed", account.alias, by))
+            self._say(account, "resumed", by)
 
     def discard(self, alias: str) -> str | None:
         refusal = self._refusal(alias, *DEAD)
         if refusal is None:
-            self.accounts[alias].start_over(self.now_ms)
+            self.accounts[alias].start_over(self.now_ms, self.now_ms)
             self.accounts[alias].is_paused = True
         return refusal
 
@@ -465,6 +517,9 @@ class Model:
             login.accepted[by] = fingerprint
         login.blocked, login.fingerprint, login.is_manual, login.to_forgive = "", "", False, {}
         login.is_probing = True
+        for account in self.of(name):
+            if account.state in WAITS:
+                account.watch(self.now_ms)
         self._tell(name, "resumed", "unblock" if by == "operator" else "new credential")
         return None
 

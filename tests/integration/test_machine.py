@@ -107,6 +107,8 @@ class Promises:
         self.begun: set[tuple[str, int, int]] = set()
         self.leases: dict[str, dict[Token, int]] = {}
         self.before: Everything | None = None
+        self.read = 0
+        self.overdue: set[str] = set()
 
     def pass_time(self, now_ms: int) -> None:
         """A lease that was over once does not come back with the clock."""
@@ -134,9 +136,25 @@ class Promises:
         before, self.before = self.before, now
         operations = [event_id for _, event_id, type_ in events_of(now) if type_ == "balance.observed.v1"]
         assert len(operations) == len(set(operations)), operations
+        self.listen([event for event, _, _ in events_of(now)][self.read :], now_ms)
+        self.read = len(now.events)
+        self.overdue &= now.accounts.keys()
         if before is not None:
             for alias in before.accounts.keys() & now.accounts.keys():
                 self._look_at(event, alias, before, now, now_ms)
+
+    def listen(self, events: list[dict[str, str]], now_ms: int) -> None:
+        """As a ledger: an account is overdue once, until it hears otherwise, at the latest with the next answer."""
+        for event in events:
+            alias, data = event["subject"], json.loads(event["data"])
+            if event["type"] == "account.overdue.v1":
+                assert alias not in self.overdue, f"{alias} is overdue twice"
+                assert milliseconds(data["since"]) + data["interval"] * SECOND <= now_ms, data
+                self.overdue.add(alias)
+            elif event["type"] != "balance.observed.v1":
+                self.overdue.discard(alias)
+        answered = {e["subject"] for e in events if e["type"] == "balance.observed.v1" and '"late":false' in e["data"]}
+        assert not answered & self.overdue, f"{answered & self.overdue} still overdue"
 
     def _look_at(self, event: str, alias: str, before: Everything, now: Everything, now_ms: int) -> None:
         old, new = before.accounts[alias], now.accounts[alias]
@@ -306,6 +324,18 @@ class TimetableMachine(RuleBasedStateMachine):
             return claim.dispatched, claim.resent, [lapse.token for lapse in claim.lapsed]
 
         self.both("claim", times, server, self.model.claim)
+
+    @rule(times=TIMES)
+    def tell_overdue(self, times: int) -> None:
+        self.both("overdue", times, lambda: list(self.timetable.tell_overdue().told), self.model.tell_overdue)
+
+    @rule(times=TIMES)
+    def wait_until_one_is_overdue(self, times: int) -> None:
+        """Nobody polls for long enough."""
+        moments = [account.overdue_at_ms for account in self.model.accounts.values() if account.overdue_at_ms]
+        self.event = "time"
+        self.set_clock(max([self.now_ms, *sorted(moments)[:1]]))
+        self.tell_overdue(times)
 
     @precondition(lambda self: self.model.queue)
     @rule(times=TIMES, caller=CALLER, bank=BANK, key=KEY)
@@ -641,6 +671,9 @@ def accounts_on(everything: Everything) -> dict[str, object]:
             account["login"],
             int(account["generation"]),
             tuple(int(account[name]) for name in ("tries", "waits", "losses")),
+            everything.overdue_at.get(alias),
+            alias in everything.overdue,
+            "overdue" in account,
         )
         for alias, account in everything.accounts.items()
     }
@@ -657,6 +690,9 @@ def accounts_in(model: Model) -> dict[str, object]:
             account.login,
             account.generation,
             account.counters,
+            account.overdue_at_ms,
+            account.is_overdue,
+            account.is_told,
         )
         for alias, account in model.accounts.items()
         if account.state != "retired"
@@ -701,7 +737,12 @@ def told_on(everything: Everything) -> Iterator[tuple[str, ...]]:
         if type_ == "balance.observed.v1":
             yield "balance", event_id, event["subject"], str(data["late"]), str(data["changed"])
         else:
-            yield type_.split(".")[1], event["subject"], data.get("state") or data["by"]
+            why = data.get("state") or data.get("by") or str(milliseconds(data["since"]))
+            yield type_.split(".")[1], event["subject"], why
+
+
+def milliseconds(moment: str) -> int:
+    return round(datetime.fromisoformat(moment).timestamp() * 1000)
 
 
 # --------------------------------------------------------------------------------------------------------------- tests

@@ -11,7 +11,10 @@ from functools import partial
 
 import pytest
 import redis
+import test_backlog as backlog
 import test_callbacks as callbacks
+import test_clock_jumps as clock
+import test_overdue as overdue
 import test_timetable as rules
 from planted_faults import Patch, patched
 from servers import ValkeyServer
@@ -90,6 +93,38 @@ FAULTS = [
         rules.test_a_re_added_account_keeps_generation_and_pins_and_goes_on_counting_polls,
     ),
     # ------------------------------------------------------------------------------------------------------ claim
+    Fault(
+        "claim looks at the same logins each time",
+        "claim",
+        "tonumber(redis.call('HGET', 'config', 'looked')) or 0",
+        "0",
+        backlog.test_without_room_every_lapse_is_found_all_the_same,
+        found=False,
+    ),
+    Fault(
+        "claim serves logins out of turn",
+        "claim",
+        "  room = 0\n",
+        "",
+        backlog.test_room_that_the_oldest_do_not_use_is_not_for_those_far_behind_them,
+        found=False,
+    ),
+    Fault(
+        "claim does not look at the clock",
+        "claim",
+        "if expected and math.abs",
+        "if false and math.abs",
+        clock.test_a_claim_at_another_time_than_expected_does_nothing,
+        found=False,
+    ),
+    Fault(
+        "claim does not wait for the end of a hold",
+        "claim",
+        "if held_ms > 0 then",
+        "if false then",
+        clock.test_nothing_is_claimed_while_held,
+        found=False,
+    ),
     Fault(
         "claim without the room",
         "claim",
@@ -510,7 +545,76 @@ FAULTS = [
         "if a.state ~= 'scheduled' and a.state ~= 'waiting' then",
         partial(rules.test_nothing_shortens_a_wait, event="poll"),
     ),
+    # ---------------------------------------------------------------------------------------------- overdue, hold
+    Fault(
+        "overdue tells the ledger again and again",
+        "overdue",
+        "    if not a.overdue then tell(alias, a) end\n",
+        "    tell(alias, a)\n",
+        overdue.test_a_failed_poll_does_not_end_the_spell_nor_begin_another,
+    ),
+    Fault(
+        "overdue tells of what may not be polled",
+        "overdue",
+        "and not a.paused and redis.call('HEXISTS', 'login:' .. a.login, 'blocked') == 0",
+        "",
+        overdue.test_what_was_blocked_before_it_settled_is_not_overdue,
+        found=False,
+    ),
+    Fault(
+        "settle does not end the spell",
+        "settle",
+        "  if a.overdue then publish_account",
+        "  if false then publish_account",
+        overdue.test_the_ledger_hears_once_of_a_spell_and_once_of_its_end,
+    ),
+    Fault(
+        "begin leaves the account overdue",
+        "begin",
+        "unwatch(alias)\n",
+        "",
+        overdue.test_the_ledger_hears_once_of_a_spell_and_once_of_its_end,
+    ),
+    Fault(
+        "a pause counts as time in which nobody polled",
+        "shared",
+        "local at = whole(math.max(due, now) + interval)",
+        "local at = whole(due + interval)",
+        partial(overdue.test_what_may_not_be_polled_is_not_overdue_and_counts_from_when_it_may, overlay="paused"),
+    ),
+    Fault(
+        "hold moves nothing",
+        "hold",
+        "for _, login in ipairs(redis.call('SMEMBERS', 'logins')) do move(login) end\n",
+        "",
+        partial(clock.test_holding_moves_what_was_written_before_the_jump_and_only_that, by_ms=clock.FOUR_HOURS_MS),
+        found=False,
+    ),
+    Fault(
+        "hold moves what stands right already",
+        "hold",
+        "  return moved_at and ",
+        "  return false and ",
+        partial(clock.test_holding_moves_what_was_written_before_the_jump_and_only_that, by_ms=-clock.FOUR_HOURS_MS),
+        found=False,
+    ),
+    Fault(
+        "hold does not look who was first",
+        "hold",
+        "if (redis.call('HGET', 'config', 'jumped') or '0') ~= known then",
+        "if false then",
+        clock.test_a_hold_that_was_noted_is_not_noted_again,
+        found=False,
+    ),
     # ----------------------------------------------------------------------------------------------------- shared
+    Fault(
+        "the stream is trimmed by a clock at which nobody looked",
+        "shared",
+        "  if may_trim() then\n",
+        "  if true then\n",
+        clock.test_an_hour_without_a_beat_trims_nothing,
+        found=False,
+    ),
     Fault(
         "place does not respect the holder",
         "shared",
@@ -571,7 +675,11 @@ def arguments_of(check: Check, store: redis.Redis, server: ValkeyServer, monkeyp
     """What pytest would hand the test as fixtures."""
     function = check.func if isinstance(check, partial) else check
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    world = callbacks.CallbackWorld(store, "a", "b") if function.__module__ == "test_callbacks" else World(store)
+    prepare = {
+        "test_callbacks": lambda: callbacks.CallbackWorld(store, "a", "b"),
+        "test_overdue": lambda: overdue.prepared(store),
+    }
+    world = prepare.get(function.__module__, lambda: World(store))()
     fixtures = {"world": world, "valkey_server": server, "monkeypatch": monkeypatch}
     return {name: fixtures[name] for name in names if name in fixtures}
 

@@ -176,6 +176,12 @@ def receive_and_claim(world: World) -> str:
     return "lapsed" if "a" in [lapse.token.account for lapse in world.claim().lapsed] else "-"
 
 
+def overdue(world: World) -> str:
+    """Half a day later, in which nobody claims; this account's interval is a quarter of an hour."""
+    world.pass_time(12 * 60 * MINUTE_MS)
+    return "told" if "a" in world.timetable.tell_overdue().told else "-"
+
+
 def applied(result: object) -> str:
     return "stale" if result is None else "postponed" if isinstance(result, Postponed) else str(result)
 
@@ -236,6 +242,7 @@ EVENTS: dict[str, Callable[[World], str]] = {
     "accept": accept,
     "receive": receive,
     "receive, claim": receive_and_claim,
+    "overdue": overdue,
     "postpone": postpone,
     "suspend": suspend,
     "park": park,

@@ -282,6 +282,8 @@ class Everything:
 
     timetable: dict[str, float]
     answers: dict[str, float]
+    overdue_at: dict[str, float]
+    overdue: set[str]
     revisions: dict[str, str]
     parked: set[str]
     failed: dict[str, str]
@@ -296,16 +298,17 @@ class Everything:
     @classmethod
     def read(cls, client: redis.Redis) -> Everything:
         pipeline = client.pipeline()
-        for key in ("timetable", "answers"):
+        for key in ("timetable", "answers", "overdue:at"):
             pipeline.zrange(key, 0, -1, withscores=True)
         for key in ("revisions", "failed"):
             pipeline.hgetall(key)
-        for key in ("logins", "parked"):
+        for key in ("logins", "parked", "overdue"):
             pipeline.smembers(key)
         for key in ("balances.polls", "balances.answers", *DeadLetterQueue):
             pipeline.lrange(key, 0, -1)
         pipeline.xrange(STREAM)
-        timetable, answers, revisions, failed, logins, parked, polls, settlings, *letters, events = pipeline.execute()
+        timetable, answers, overdue_at, revisions, failed, logins, parked, overdue, *lists, events = pipeline.execute()
+        polls, settlings, *letters = lists
         names, aliases = sorted(logins), sorted(revisions)
         for name in names:
             pipeline.hgetall(f"login:{name}")
@@ -317,6 +320,8 @@ class Everything:
         return cls(
             timetable=dict(timetable),
             answers=dict(answers),
+            overdue_at=dict(overdue_at),
+            overdue=overdue,
             revisions=revisions,
             parked=parked,
             failed=failed,
@@ -342,7 +347,7 @@ class Everything:
         assert self.timetable.get(login) == expected, (login, state, due)
         assert ("holder" in state) == ("until" in state), (login, state)
         assert "holder" in state or state.keys().isdisjoint({"begun", "refusals", "refused_by"}), (login, state)
-        assert due.keys() <= {alias for alias, account in self.accounts.items() if account["login"] == login}
+        assert all(self.accounts[alias]["login"] == login for alias in due), (login, due)
 
     def check_account(self, alias: str) -> None:
         """Exactly one next step: a due time, a place held, or a letter; unless it is paused."""
@@ -368,6 +373,11 @@ class Everything:
             assert not is_holding, (alias, account, holder)
         if state == "scheduled":
             assert [account[name] for name in ("tries", "waits", "losses")] == ["0"] * 3, (alias, account)
+        is_waiting = state in {"scheduled", "waiting", "dispatched"}
+        if is_waiting and "paused" not in account and "blocked" not in login:
+            assert (alias in self.overdue) != (alias in self.overdue_at), (alias, account)
+        else:
+            assert alias not in self.overdue, (alias, account)
         assert ("letter" in account) == (state in {"suspended", "parked"}), (alias, account)
         assert (alias in self.parked) == (state == "parked")
 

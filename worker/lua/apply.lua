@@ -2,8 +2,8 @@
 --
 -- ARGV  1 serial that the caller compared with  2 "prepare" | "set" | "retire" | "finish", in this order
 --   prepare, finish: 3 retry  4 limits  5 request_deadline_ms  6 lease_margin_ms  7 retention_ms  8 content digest
---   set:    3 … eleven per account: alias, definition, revision, identity, schedule, slot (ms), login, institution,
---           source, scheme, token_days ('' where the scheme has no token)
+--   set:    3 … twelve per account: alias, definition, revision, identity, schedule, slot (ms), login, institution,
+--           source, scheme, token_days ('' where the scheme has no token), interval (ms)
 --   retire: 3 … aliases
 -- Returns { "applied", how many changed } or { "overtaken", serial }: another apply came between; compare again
 --
@@ -50,7 +50,8 @@ local function set(d)
     forget(d.alias, a.generation)
   end
   redis.call('HSET', key, 'definition', d.definition, 'revision', d.revision, 'identity', d.identity, 'schedule',
-    d.schedule, 'slot', d.slot, 'login', d.login, 'institution', d.institution, 'source', d.source)
+    d.schedule, 'slot', d.slot, 'interval', d.interval, 'login', d.login, 'institution', d.institution,
+    'source', d.source)
   redis.call('HSET', 'revisions', d.alias, d.revision)
   redis.call('SADD', 'aliases:' .. d.login, d.alias)
   redis.call('SADD', 'logins', d.login)
@@ -68,7 +69,8 @@ local function retire(alias)
   local a = fields('account:' .. alias, 'state', 'login', 'generation')
   if not a.state or a.state == 'retired' then return end
   redis.call('HSET', 'account:' .. alias, 'state', 'retired')
-  redis.call('HDEL', 'account:' .. alias, 'paused', 'due', 'definition')
+  redis.call('HDEL', 'account:' .. alias, 'paused', 'due', 'definition', 'overdue')
+  unwatch(alias)
   redis.call('HDEL', 'revisions', alias)
   forget(alias, a.generation)
   take_off(alias, a.login)
@@ -93,10 +95,10 @@ if at ~= serial then return { 'overtaken', at } end
 if event == 'prepare' then
   prepare()
 elseif event == 'set' then
-  for i = 3, #ARGV, 11 do
+  for i = 3, #ARGV, 12 do
     set({ alias = ARGV[i], definition = ARGV[i + 1], revision = ARGV[i + 2], identity = ARGV[i + 3],
       schedule = ARGV[i + 4], slot = ARGV[i + 5], login = ARGV[i + 6], institution = ARGV[i + 7],
-      source = ARGV[i + 8], scheme = ARGV[i + 9], token_days = ARGV[i + 10] })
+      source = ARGV[i + 8], scheme = ARGV[i + 9], token_days = ARGV[i + 10], interval = ARGV[i + 11] })
   end
 elseif event == 'retire' then
   for i = 3, #ARGV do retire(ARGV[i]) end

@@ -60,11 +60,12 @@ for _, kind in ipairs({ 'key', 'bank' }) do
 end
 
 redis.call('HSET', key, 'state', 'polling', 'caller', caller, 'begun_at', whole(now), 'last_at', whole(now),
-  'releases', redis.call('GET', 'releases') or '0')
+  'moved_at', whole(now), 'releases', redis.call('GET', 'releases') or '0')
 if attempt == '1' then redis.call('HSET', key, 'first_at', whole(now)) end
 redis.call('HSET', login_key, 'begun', 1, 'bank', fingerprints.bank, 'key', fingerprints.key,
   'until', whole(now + config_ms('request_deadline_ms') + config_ms('lease_margin_ms')))
 redis.call('HDEL', login_key, 'refusals', 'refused_by')
 expect_callback(ARGV[9])
+unwatch(alias)
 place(login)
 return begun()

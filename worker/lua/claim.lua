@@ -1,8 +1,11 @@
 -- Claims what is due: called by beat, by any number of them at once.
 --
 -- ARGV  1 most (logins looked at)  2 message template  3 settling template  4 pause before it is pushed again (ms)
--- Returns { dispatched, resent, wait_ms, lapsed }, lapsed a list of
---   { login, alias, poll, attempt, state ("polling" | "awaiting"), tries, waits, losses }
+--       5 what the caller expects the clock to say, less its jumps (ms, '' for no idea)  6 how far it may be off (ms)
+-- Returns { dispatched, resent, wait_ms, lapsed, clock, jumped }, lapsed a list of
+--   { login, alias, poll, attempt, state ("polling" | "awaiting"), tries, waits, losses };
+--   clock: the server's, whatever tests do, and the jumps of it that are known (ms)
+-- Nothing is done where the clock is not what was expected, nor for one lease after a jump (hold.lua).
 --
 -- A login is due when its place in the timetable is: `until` of what it holds, else the due time of its next account.
 -- Work goes out only while the queue has room, so that the timetable, not the queue, is the backlog. What lapsed while
@@ -42,7 +45,8 @@ local function dispatch(login, alias, account, probing)
     redis.call('HDEL', 'account:' .. alias, 'first_at')
   end
   if probing then redis.call('HSET', 'login:' .. login, 'probe', alias) end
-  redis.call('HSET', 'account:' .. alias, 'state', 'dispatched', 'poll', poll, 'attempt', attempt)
+  redis.call('HSET', 'account:' .. alias, 'state', 'dispatched', 'poll', poll, 'attempt', attempt,
+    'moved_at', whole(now))
   redis.call('HDEL', 'account:' .. alias, 'answered', 'callback')
   redis.call('ZREM', 'due:' .. login, alias)
   hold(login, token(alias, poll, attempt))
@@ -97,9 +101,38 @@ local function serve(login)
   place(login)
 end
 
-for _, login in ipairs(redis.call('ZRANGE', 'timetable', '-inf', whole(now), 'BYSCORE', 'LIMIT', 0, most)) do
-  serve(login)
+local function due_logins(from, count)
+  return redis.call('ZRANGE', 'timetable', '-inf', whole(now), 'BYSCORE', 'LIMIT', from, count)
 end
+
+-- Where more is due than one claim looks at: as many of the oldest as there is room for, and then, for what lapsed, the
+-- ones after those that the last claim looked at; else a lapse would wait behind logins that wait for room.
+local function serve_some(oldest)
+  local first = math.max(0, math.min(room, most))
+  for i = 1, first do serve(oldest[i]) end
+  room = 0
+  local from = math.max(first, tonumber(redis.call('HGET', 'config', 'looked')) or 0) - dispatched - resent
+  local others = due_logins(from, most - first)
+  for _, login in ipairs(others) do serve(login) end
+  redis.call('HSET', 'config', 'looked', #others < most - first and 0 or from + #others)
+end
+
+local function serve_due()
+  local oldest = due_logins(0, most)
+  if #oldest == most then return serve_some(oldest) end
+  for _, login in ipairs(oldest) do serve(login) end
+end
+
+local clock, jumped = real_now(), tonumber(redis.call('HGET', 'config', 'jumped')) or 0
+local expected = tonumber(ARGV[5])
+if expected and math.abs(clock - jumped - expected) > tonumber(ARGV[6]) then
+  return { 0, 0, 0, lapsed, clock, jumped }
+end
+redis.call('HSET', 'config', 'claimed_at', whole(now))
+local held_ms = hold_left()
+if held_ms > 0 then return { 0, 0, held_ms, lapsed, clock, jumped } end
+
+serve_due()
 for i = 1, #messages, 1000 do
   redis.call('LPUSH', QUEUE, unpack(messages, i, math.min(i + 999, #messages)))
 end
@@ -111,8 +144,7 @@ for _, id in ipairs(redis.call('ZRANGE', 'answers', '-inf', whole(now), 'BYSCORE
   push_settling(settling, redis.call('HGET', 'answer:' .. id, 'login'), alias, poll, attempt)
   redis.call('ZADD', 'answers', whole(now + again_ms), id)
 end
-redis.call('HSET', 'config', 'claimed_at', whole(now))
 
 local first = redis.call('ZRANGE', 'timetable', 0, 0, 'WITHSCORES')
 local wait_ms = first[2] and math.max(0, first[2] - now) or -1
-return { dispatched, resent, wait_ms, lapsed }
+return { dispatched, resent, wait_ms, lapsed, clock, jumped }

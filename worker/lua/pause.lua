@@ -13,6 +13,7 @@ if not a.state or a.state == 'retired' then return { 'refused', a.state or 'unkn
 if not a.paused then
   redis.call('HSET', key, 'paused', whole(now))
   void(alias, a.login)
+  unwatch(alias)
   redis.call('ZREM', 'due:' .. a.login, alias)
   place(a.login)
 end

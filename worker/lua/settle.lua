@@ -4,7 +4,7 @@
 --       7 operation id  8 source  9 fetched_at (ms)
 --       10 data: the event's JSON object, left open: no "}" and neither `late` nor `changed`
 --       11 fingerprint of the balances  12 next slot (ms)  13 revision that slot was computed for
---       14 … the AccountIds of the answer
+--       14 interval that begins with it (ms)  15 … the AccountIds of the answer
 -- Returns { "published" | "late" | "repeated", "true" | "false" (changed) }
 --      or { "foreign" }: another account's AccountId or operation; nothing was published and nothing changed
 --
@@ -13,11 +13,12 @@
 
 local stream, login, alias, poll, attempt, generation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local operation, source, fetched_at, data, fingerprint = ARGV[7], ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11]
-local next_slot, revision = tonumber(ARGV[12]), ARGV[13]
+local next_slot, revision, interval = tonumber(ARGV[12]), ARGV[13], ARGV[14]
+local ids_from = 15
 local key, pins = 'account:' .. alias, 'pins:' .. alias .. ':' .. generation
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'generation', 'revision', 'slot', 'latest_poll',
-  'latest_attempt', 'latest_fingerprint', 'begun_at')
+  'latest_attempt', 'latest_fingerprint', 'begun_at', 'overdue')
 local defined = a.state ~= 'retired' and a.generation == generation
 local current = defined and is_begun(a, login, poll, attempt)
 
@@ -25,7 +26,7 @@ local function is_foreign()
   local owner = redis.call('GET', 'operation:' .. operation)
   if owner and owner ~= alias then return true end
   if redis.call('EXISTS', pins) == 0 then return false end
-  for i = 14, #ARGV do
+  for i = ids_from, #ARGV do
     if redis.call('SISMEMBER', pins, ARGV[i]) == 0 then return true end
   end
   return false
@@ -35,7 +36,7 @@ local keep_ms = config_ms('retention_ms') + DAY_MS
 
 -- The pins of what is no longer defined go with the stream's memory.
 local function pin()
-  for i = 14, #ARGV do redis.call('SADD', pins, ARGV[i]) end
+  for i = ids_from, #ARGV do redis.call('SADD', pins, ARGV[i]) end
   if not defined then redis.call('PEXPIRE', pins, whole(keep_ms)) end
 end
 
@@ -67,10 +68,15 @@ end
 
 local function schedule_next()
   -- An answer of an older revision was timed by an older schedule: `slot` is what the new one said when it came.
-  local due = revision == a.revision and next_slot or tonumber(a.slot)
+  local due = tonumber(a.slot)
+  if revision == a.revision then
+    due = next_slot
+    redis.call('HSET', key, 'interval', interval)
+  end
   redis.call('HSET', key, 'last_ok', whole(fetched_at), 'last_outcome', 'ok')
   start_over(alias, login, due)
   redis.call('HDEL', 'login:' .. login, 'probing', 'probe')
+  if a.overdue then publish_account(stream, alias, 'account.resumed.v1', { by = 'answer' }) end
 end
 
 if is_foreign() then return { 'foreign' } end

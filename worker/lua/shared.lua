@@ -8,11 +8,13 @@
 --                        (unix seconds, where a worker knows it) · bank, key (fingerprints last accepted) ·
 --                        blocked (bank|key), fingerprint, blocked_at, code, type, description, manual, letter,
 --                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried)
---   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot ·
---                        state, due, paused · poll, attempt, caller, begun_at, first_at, releases (how many there had
---                        been when it began), callback (digest), answered · tries, waits, losses · last_ok,
---                        last_outcome, last_at · queue, letter, code, type, description, suspended_at ·
---                        latest_poll, latest_attempt, latest_fingerprint
+--   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot,
+--                        interval (ms) · state, due, moved_at (when it came to that), paused · overdue_at (ms),
+--                        overdue (since when, as the ledger was told; until it hears otherwise) · poll, attempt,
+--                        caller, begun_at, first_at, releases (how many there had been when it began),
+--                        callback (digest), answered · tries, waits, losses · last_ok, last_outcome, last_at ·
+--                        queue, letter, code, type, description, suspended_at · latest_poll, latest_attempt,
+--                        latest_fingerprint
 --   aliases:<login>      set: the login's accounts          logins   set: every login ever defined
 --   revisions            hash: alias → revision of every account defined now
 --   callback:<digest>    hash: login, alias, poll, attempt, generation, definition, bank, key · bodies, seen,
@@ -20,6 +22,8 @@
 --   answers              sorted set: token of an answer that is not settled → when its settling is pushed again (ms)
 --   answer:<token>       hash: as callback:<digest>, with content_type, received_at, body:<hash>
 --   parked               set: aliases parked until a notification
+--   overdue:at           sorted set: alias → when it will be overdue unless it is polled (ms)
+--   overdue              set: aliases that are overdue now
 --   history:<alias>      list, newest first: "ended (ms) poll attempt duration (ms) outcome" of the last attempts
 --   pins:<alias>:<generation>   set: the AccountIds first seen
 --   latest               hash: alias → the newest balance, as on the stream
@@ -28,7 +32,10 @@
 --   failures:<login>     sorted set: fingerprint of a bank credential → when it failed (ms)
 --   releases             string: how many releases there were; orders them, whatever the clock does
 --   released:<scope>     string: number of that scope's last release
---   config               hash: retry, limits (JSON), *_ms, content, serial        contents  sorted set: digests applied
+--   config               hash: retry, limits (JSON), *_ms, content, serial · claimed_at, looked (logins that the last
+--                        claim had passed over, where more were due than it looked at) · jumped (ms, of all jumps of
+--                        the clock together), hold_until, trim_from (ms)
+--   contents             sorted set: digests applied
 --   workers              sorted set: "host threads" → until when it is alive (ms, real time); 0 threads: takes no polls
 --   counts               hash: things that happened, counted
 --   clock:offset         string: ms that tests move the one clock by
@@ -69,6 +76,14 @@ local function fields(key, ...)
     found[name] = values[i] or nil
   end
   return found
+end
+
+-- For how long nothing is claimed any more, after a jump of the clock (ms). More than a lease is another clock's.
+local function hold_left()
+  local c = fields('config', 'hold_until', 'request_deadline_ms', 'lease_margin_ms')
+  if not c.hold_until then return 0 end
+  local left = c.hold_until - now
+  return left <= c.request_deadline_ms + c.lease_margin_ms and math.max(0, left) or 0
 end
 
 local function token(alias, poll, attempt)
@@ -146,6 +161,8 @@ end
 ----------------------------------------------------------------------------------------------- the account's step
 
 local BEGUN = { polling = true, awaiting = true }
+-- States in which an account waits for its poll: due, or to be due, and nobody has begun.
+local WAITS = { scheduled = true, waiting = true, dispatched = true }
 
 local function is_own(account, login, poll, attempt)
   return account.login == login and account.poll == poll and account.attempt == attempt
@@ -161,9 +178,26 @@ local function is_dispatched(account, login, poll, attempt)
   return is_own(account, login, poll, attempt) and account.state == 'dispatched'
 end
 
+-- The account is overdue an interval after its due time, or after what kept it from being polled then; not before.
+local function watch(alias, due)
+  local interval = tonumber(redis.call('HGET', 'account:' .. alias, 'interval'))
+  redis.call('SREM', 'overdue', alias)
+  if not interval then return end
+  local at = whole(math.max(due, now) + interval)
+  redis.call('HSET', 'account:' .. alias, 'overdue_at', at)
+  redis.call('ZADD', 'overdue:at', at, alias)
+end
+
+-- The account is being polled, or may not be.
+local function unwatch(alias)
+  redis.call('SREM', 'overdue', alias)
+  redis.call('ZREM', 'overdue:at', alias)
+end
+
 -- Gives the account its next step, under whatever lies over it: a paused one keeps it, out of sight of beat.
 local function step(alias, login, state, due)
-  redis.call('HSET', 'account:' .. alias, 'state', state, 'due', whole(due))
+  redis.call('HSET', 'account:' .. alias, 'state', state, 'due', whole(due), 'moved_at', whole(now))
+  watch(alias, due)
   if redis.call('HEXISTS', 'account:' .. alias, 'paused') == 0 then
     redis.call('ZADD', 'due:' .. login, whole(due), alias)
   end
@@ -227,18 +261,28 @@ local function remove_letter(alias)
   redis.call('HDEL', 'account:' .. alias, 'queue', 'letter', 'code', 'type', 'description', 'suspended_at')
 end
 
--- Puts one CloudEvent on the stream, which is trimmed by age and never by count.
-local function publish(stream, id, source, type, subject, time_ms, data)
-  redis.call('XADD', stream, 'MINID', '~', whole(real_now() - config_ms('retention_ms')), '*',
-    'specversion', '1.0', 'id', id, 'source', source, 'type', type, 'subject', subject, 'time', iso(time_ms),
-    'datacontenttype', 'application/json', 'dataschema', 'urn:balance-poller:' .. type, 'data', data)
+-- Whether the clock may say what is old: beat looked at it just now, and it has not jumped for one retention.
+local function may_trim()
+  local c = fields('config', 'claimed_at', 'trim_from')
+  return c.claimed_at and math.abs(now - c.claimed_at) < 30000 and now >= tonumber(c.trim_from or 0)
 end
 
--- Tells the ledger why an account's figure grows old, or that it no longer does.
+-- Puts one CloudEvent on the stream, which is trimmed by age and never by count.
+local function publish(stream, id, source, type, subject, time_ms, data)
+  if may_trim() then
+    redis.call('XTRIM', stream, 'MINID', '~', whole(real_now() - config_ms('retention_ms')))
+  end
+  redis.call('XADD', stream, '*', 'specversion', '1.0', 'id', id, 'source', source, 'type', type, 'subject', subject,
+    'time', iso(time_ms), 'datacontenttype', 'application/json', 'dataschema', 'urn:balance-poller:' .. type,
+    'data', data)
+end
+
+-- Tells the ledger why an account's figure grows old, or that it no longer does: either way the last word counts.
 local function publish_account(stream, alias, type, about)
   local a = fields('account:' .. alias, 'source', 'poll', 'institution')
   about.account, about.institution, about.poll = alias, a.institution, tonumber(a.poll)
   publish(stream, alias .. '.' .. a.poll .. '.' .. type, a.source, type, alias, now, cjson.encode(about))
+  if type ~= 'account.overdue.v1' then redis.call('HDEL', 'account:' .. alias, 'overdue') end
 end
 
 -- Brings a suspended or parked account back. Under a block the ledger hears of it with the unblock.

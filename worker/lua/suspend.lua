@@ -98,6 +98,7 @@ end
 
 local function tell_accounts()
   for _, each in ipairs(aliases_of_login()) do
+    unwatch(each)
     if not NEEDS_LETTER[redis.call('HGET', 'account:' .. each, 'state')] then
       publish_account(stream, each, 'account.suspended.v1', { state = 'blocked', code = code, queue = queue })
     end

@@ -30,7 +30,9 @@ end
 
 local function tell_accounts()
   for _, alias in ipairs(redis.call('SMEMBERS', 'aliases:' .. login)) do
-    if not NEEDS_LETTER[redis.call('HGET', 'account:' .. alias, 'state')] then
+    local a = fields('account:' .. alias, 'state', 'due')
+    if WAITS[a.state] then watch(alias, tonumber(a.due)) end
+    if not NEEDS_LETTER[a.state] then
       publish_account(stream, alias, 'account.resumed.v1', { by = by == 'operator' and 'unblock' or 'new credential' })
     end
   end
