@@ -413,24 +413,6 @@ def test_check_finds_a_server_that_does_not_answer(settings: Settings) -> None:
     assert found["server"] == (False, "ConnectionError; is it running, new enough, and BALANCES_REDIS_URL right?")
 
 
-@pytest.mark.parametrize(
-    ("name", "version", "is_right"),
-    [
-        ("redis", "7.2.4", True),
-        ("redis", "7.0.15", False),
-        ("redis", "6.2.0", False),
-        ("valkey", "8.0.0", True),
-        ("valkey", "7.2.5", False),
-        ("keydb", "6.3.4", False),
-    ],
-)
-def test_too_old_a_server_is_found(name: str, version: str, is_right: bool) -> None:
-    told = {"server_name": name, "redis_version": "7.2.4" if name == "valkey" else version}
-    finding = ops._check_version({**told, "valkey_version": version} if name == "valkey" else told)
-    assert finding.is_right == is_right
-    assert version in finding.detail
-
-
 def test_sync_puts_the_file_into_force_and_refuses_a_mass_removal(settings: Settings, world: World) -> None:
     many = [f"account-{number}" for number in range(10)]
     world.apply(read(*many))
