@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -79,6 +80,27 @@ class ValkeyServer:
         assert self._process is not None, "not started"
         self._process.kill()
         self._process.wait()
+
+    def fill_disk(self) -> None:
+        """From now on no file of the server grows: as on a full disk, and it needs no root (Linux)."""
+        size = max(path.stat().st_size for path in (self.directory / "appendonlydir").glob("*.incr.aof"))
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+    def free_disk(self) -> None:
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (hard, hard))
+
+    def fill_memory(self) -> None:
+        """From now on the server takes nothing that needs memory."""
+        self._set("maxmemory", 1)
+
+    def free_memory(self) -> None:
+        self._set("maxmemory", 0)
+
+    def _set(self, name: str, value: str | int) -> None:
+        with self.client() as client:
+            client.config_set(name, value)
 
     def stop(self) -> None:
         if self._process is not None:

@@ -63,7 +63,7 @@ _AWAY = (
     ClusterDownError,
 )
 #: The server's refusals that pass by themselves, or by an operator's hand, without anything being wrong here.
-_PASSING = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY ")
+_PASSING = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY ", "WAITAOF")
 
 T = TypeVar("T")
 

@@ -97,7 +97,7 @@ class Intake:
         bodies = [(callback.digest, callback.body, callback.content_type) for callback in batch]
         try:
             results = await run_in_threadpool(self._timetable.receive, bodies, is_durable=self._is_durable)
-        except StoreUnavailable as error:
+        except Exception as error:  # noqa: BLE001 - every sender is told of it, and the next batch may do better
             for callback in batch:
                 if not callback.done.cancelled():
                     callback.done.set_exception(error)
