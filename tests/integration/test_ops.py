@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from schemas import FILLER
 from servers import ValkeyServer
 from world import EVERY_S, STREAM, World, accounts_file, read
 
@@ -439,13 +440,12 @@ def test_following_goes_on_where_it_was_when_the_server_comes_back(
                 server.start()
             away.append(True)
 
-        entry = {"type": "t", "subject": "s", "data": "{}"}
-        first = client.xadd(STREAM, entry)
+        first = client.xadd(STREAM, FILLER)
         entries = ops.follow(reader, STREAM, after="0", is_away=come_back)
         assert next(entries).id == first
         server.kill()
         server.start()
-        second = client.xadd(STREAM, entry)
+        second = client.xadd(STREAM, FILLER)
         server.kill()
         assert next(entries).id == second
         reader.connection_pool.disconnect()
