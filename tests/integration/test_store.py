@@ -218,7 +218,12 @@ def test_the_server_for_tests_keeps_its_address_over_a_kill(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_an_entry_that_breaks_its_schema_fails_whatever_test_published_it(tmp_path: Path, is_killed: bool) -> None:
-    with pytest.raises(ValidationError), ValkeyServer(tmp_path) as server, server.client() as owner:
+    with pytest.raises(ValidationError):
+        publish_nonsense(tmp_path, is_killed)
+
+
+def publish_nonsense(directory: Path, is_killed: bool) -> None:
+    with ValkeyServer(directory) as server, server.client() as owner:
         owner.xadd("balances", {"type": "balance.observed.v1", "data": "{}"})
         if is_killed:
             server.kill()
