@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,8 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import redis
+from schemas import validate_stream
 
 from worker.store import LOOPBACK, free_port, server_binary, tethered
+
+#: A server that does not answer for so long at the end of a test is frozen, which is a finding.
+VALIDATED_WITHIN_S = 30.0
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +48,9 @@ class ValkeyServer:
 
     Keeps nothing unless told so: `ValkeyServer(tmp_path, appendonly="yes")`. Options are those of valkey.conf, with
     `_` for `-`. Dies with the tests.
+
+    What was published on it is held against its schema: at the end of a `with` that did not fail, and before a kill
+    that would lose it.
     """
 
     def __init__(self, directory: Path, **options: str | int) -> None:
@@ -77,8 +85,31 @@ class ValkeyServer:
     def kill(self) -> None:
         """As the kernel does it: no farewell, nothing flushed."""
         assert self._process is not None, "not started"
+        if self.options["appendonly"] == "no":
+            self._validate()
         self._process.kill()
         self._process.wait()
+
+    def fill_disk(self) -> None:
+        """From now on no file of the server grows: as on a full disk, and it needs no root (Linux)."""
+        size = max(path.stat().st_size for path in (self.directory / "appendonlydir").glob("*.incr.aof"))
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+    def free_disk(self) -> None:
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (hard, hard))
+
+    def fill_memory(self) -> None:
+        """From now on the server takes nothing that needs memory."""
+        self._set("maxmemory", 1)
+
+    def free_memory(self) -> None:
+        self._set("maxmemory", 0)
+
+    def _set(self, name: str, value: str | int) -> None:
+        with self.client() as client:
+            client.config_set(name, value)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -89,8 +120,16 @@ class ValkeyServer:
     def __enter__(self) -> ValkeyServer:
         return self.start()
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self._process is not None and self._process.poll() is None:
+                self._validate()
+        finally:
+            self.stop()
+
+    def _validate(self) -> None:
+        with redis.Redis.from_url(self.url, decode_responses=True, socket_timeout=VALIDATED_WITHIN_S) as client:
+            validate_stream(client)
 
     def _answers(self) -> bool:
         assert self._process is not None

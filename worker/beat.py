@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import random
 import signal
 import sys
@@ -17,7 +18,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import structlog
 from celery.beat import Scheduler
@@ -83,12 +84,19 @@ class TimetableScheduler(Scheduler):
         self._clock = ClockWatch()
         self._is_set_up = True
 
+    def _set_up_late(self) -> None:
+        """As at the start, and a mistake ends the process with the same status: Celery's beat would make it 0."""
+        try:
+            self._set_up()
+        except SystemExit as error:
+            os._exit(cast(int, error.code))
+
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """One round; returns the seconds to sleep."""
         own_s = super().tick(*args, **kwargs)
         try:
             if not self._is_set_up:
-                self._set_up()
+                self._set_up_late()
             self._definitions.apply_when_changed()
             sleep_s = self.claim()
             self.tell_overdue()

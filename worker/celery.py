@@ -11,26 +11,37 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import celery.apps.worker as celery_worker
+import redis
+import structlog
 from celery import Celery, signals
 from celery.app.amqp import AMQP
 from kombu import Connection, Exchange, Queue
 
 from worker import logs
 from worker.credentials import CredentialStore
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, StoreUnavailable
 from worker.khipu import KhipuClient
 from worker.oauth import AccessTokens
+from worker.server import require_fit
 from worker.settings import Settings, load_settings
 from worker.timetable import ANSWERS, POLLS, Timetable, connect
 
+log = structlog.get_logger()
+
+#: Pause between two looks for a server that is away.
+AWAY_S = 0.5
+
 POLL_TASK, SETTLE_TASK = "balances.poll", "balances.settle"
+
+T = TypeVar("T")
 
 #: Numbers that stand in a template for a number to come; nothing else in a message has nineteen digits.
 _NUMBERS = {"poll": 7777777777777777771, "attempt": 7777777777777777772, "retries": 7777777777777777773}
@@ -38,7 +49,7 @@ _NUMBERS = {"poll": 7777777777777777771, "attempt": 7777777777777777772, "retrie
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What a process of this package works with."""
+    """What a process of this package works with. `is_durable`: the server keeps an append-only file."""
 
     settings: Settings
     timetable: Timetable
@@ -46,13 +57,18 @@ class Wiring:
     access_tokens: AccessTokens
     credentials: CredentialStore
     salt: bytes
+    is_durable: bool
 
 
 @lru_cache(maxsize=1)
 def wiring() -> Wiring:
-    """This process's wiring, made when it is first asked for."""
+    """This process's wiring, made when it is first asked for.
+
+    Raises `ConfigurationError` for a server that must not be used, `StoreUnavailable` for one that is away.
+    """
     settings = load_settings()
     client = connect(settings.store_url())
+    is_durable = require_fit(client)
     timetable = Timetable(
         client,
         stream=settings.stream,
@@ -62,7 +78,24 @@ def wiring() -> Wiring:
     )
     credentials = CredentialStore(os.environ, settings.secrets_dir)
     khipu = KhipuClient(settings.khipu_url)
-    return Wiring(settings, timetable, khipu, AccessTokens(khipu), credentials, timetable.salt())
+    return Wiring(settings, timetable, khipu, AccessTokens(khipu), credentials, timetable.salt(), is_durable)
+
+
+def until_there(call: Callable[[], T]) -> T:
+    """What `call` returns, as soon as the server is there: a process that starts while it is away waits for it."""
+    is_told = False
+    while True:
+        try:
+            result = call()
+        except StoreUnavailable as error:
+            if not is_told:
+                log.error("the server is away", reason=str(error))
+            is_told = True
+            time.sleep(AWAY_S)
+        else:
+            if is_told:
+                log.info("the server is back")
+            return result
 
 
 def configuration() -> dict[str, Any]:
@@ -119,7 +152,18 @@ def exiting_on_mistakes() -> Iterator[None]:
 
 
 class SteadyConnection(Connection):
-    """A connection that comes back a second after its server; Celery's pause grows to thirty."""
+    """A connection that comes back a second after its server; Celery's pause grows to thirty.
+
+    A server that answers and refuses, for its disk or its memory is full, is away too: Celery's worker would end.
+    """
+
+    @property
+    def connection_errors(self) -> tuple[type[Exception], ...]:
+        return (*super().connection_errors, redis.ResponseError)
+
+    @property
+    def recoverable_connection_errors(self) -> tuple[type[Exception], ...]:
+        return (*super().recoverable_connection_errors, redis.ResponseError)
 
     def ensure_connection(self, *args: Any, **kwargs: Any) -> Any:
         return super().ensure_connection(*args, **{"interval_start": 1, "interval_step": 0, **kwargs})

@@ -1,10 +1,8 @@
 """Come and go as a worker: refuse to start without secrets, say how much room there is, leave within the grace period.
 
-start ─▶ secrets there? ─▶ present every 5 s, new secrets looked for ─▶ SIGTERM ─▶ gone after the grace period
+start ─▶ server fit, secrets there? ─▶ present every 5 s, secrets looked at every 15 s ─▶ SIGTERM ─▶ gone after the grace
 
 Present is only who works: a worker whose thread is free while messages wait, and that takes none, says nothing.
-
-start ─▶ secrets there? ─▶ present every 5 s, secrets looked at every 15 s ─▶ SIGTERM ─▶ gone after the grace period
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import structlog
 from celery import signals
 from celery.worker import state
 
-from worker.celery import Wiring, exiting_on_mistakes, wiring
+from worker.celery import AWAY_S, Wiring, exiting_on_mistakes, until_there, wiring
 from worker.credentials import Credentials, Fingerprints, fingerprints, token_end
 from worker.errors import ConfigurationError, MissingSecret, StoreUnavailable
 from worker.policy import Credential
@@ -61,6 +59,10 @@ class Consumption:
         self._looks = self._looks + 1 if waits else 0
         return self._looks >= STALLED_LOOKS
 
+    def start_over(self) -> None:
+        """What waited during an outage says nothing of the time after it."""
+        self._looks = 0
+
 
 class Presence(threading.Thread):
     """Keeps this worker's threads in the queue's room, and lifts blocks for which it holds a new credential."""
@@ -76,12 +78,21 @@ class Presence(threading.Thread):
         self._tokens = TokenWatch(wiring)
 
     def run(self) -> None:
+        is_away = False
         while not self._leaving.is_set():
             try:
                 self._round()
             except StoreUnavailable as error:
-                log.warning("the server is away", reason=str(error))
-            self._leaving.wait(PRESENT_EVERY_S)
+                if not is_away:
+                    log.error("the server is away", reason=str(error))
+                is_away = True
+                self._consumption.start_over()
+            else:
+                if is_away:
+                    log.info("the server is back")
+                is_away = False
+            # A worker that is no longer believed to be there gets no polls: back at once when the server is.
+            self._leaving.wait(AWAY_S if is_away else PRESENT_EVERY_S)
         try:
             self._wiring.timetable.forget_worker(*self._worker)
         except StoreUnavailable:
@@ -187,10 +198,7 @@ _presence: list[Presence] = []
 @signals.celeryd_after_setup.connect
 def _on_start(**_: object) -> None:
     with exiting_on_mistakes():
-        try:
-            check_secrets(wiring())
-        except StoreUnavailable as error:
-            log.warning("secrets not checked: the server is away", reason=str(error))
+        until_there(lambda: check_secrets(wiring()))
 
 
 @signals.worker_ready.connect

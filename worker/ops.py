@@ -16,14 +16,13 @@ from worker.accounts import Accounts, Definition, load_accounts
 from worker.credentials import CredentialStore, token_end
 from worker.errors import ConfigurationError, MissingSecret, Refused
 from worker.policy import DeadLetterQueue
+from worker.server import Finding, check_server
 from worker.settings import Settings, format_duration
 from worker.stream import group_lag
 from worker.timetable import Timetable
 
 #: The share of the stream's retention that a consumer group may be behind.
 LARGEST_LAG = 0.5
-#: The oldest servers that have what the scripts use (sharded Lua, XADD MINID, WAITAOF).
-OLDEST = {"redis": (7, 2), "valkey": (8, 0)}
 
 #: What a state means to an operator whose command it refuses; `{alias}`, `{login}` and `{due}` are its own.
 ADVICE = {
@@ -130,15 +129,6 @@ class Story:
     losses: int
     attempts: tuple[AttemptRow, ...]
     commands: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that `check` looked at: `is_right`, and otherwise what is wrong and what would be right."""
-
-    name: str
-    is_right: bool
-    detail: str
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -461,33 +451,6 @@ def _check_tokens(accounts: Accounts, credentials: CredentialStore, now_ms: int)
         elif days <= accounts.logins[login].token_days:
             detail = f"login {login}: its token ends at {iso(end_s * 1000)}, in {days:.0f} days; replace it"
             yield Finding("token", False, detail)
-
-
-def check_server(client: redis.Redis) -> Iterator[Finding]:
-    """Whether the server can be trusted with the timetable: version, eviction, persistence, clock."""
-    try:
-        server, memory, persistence = (client.info(section) for section in ("server", "memory", "persistence"))
-        is_moved = bool(client.exists("clock:offset"))
-    except redis.RedisError as error:
-        advice = "is it running, new enough, and BALANCES_REDIS_URL right?"
-        yield Finding("server", False, f"{type(error).__name__}; {advice}")
-        return
-    yield _check_version(server)
-    policy = memory.get("maxmemory_policy", "noeviction")
-    yield Finding("eviction", policy == "noeviction", f"maxmemory-policy is {policy}; it must be noeviction")
-    is_kept = bool(persistence.get("aof_enabled"))
-    yield Finding("persistence", is_kept, "append-only file on" if is_kept else "appendonly is off; it must be on")
-    detail = "not moved" if not is_moved else "clock:offset moves it; delete that key, it is for tests only"
-    yield Finding("clock", not is_moved, detail)
-
-
-def _check_version(server: dict[str, Any]) -> Finding:
-    name = server.get("server_name", "redis")
-    text = str(server.get("valkey_version") or server["redis_version"])
-    version = tuple(int(part) for part in text.split(".")[:2])
-    oldest = OLDEST.get(name, OLDEST["redis"])
-    wanted = ".".join(map(str, oldest))
-    return Finding("server", version >= oldest, f"{name} {text}; at least {wanted}")
 
 
 def iso(ms: int) -> str:

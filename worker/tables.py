@@ -16,7 +16,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from worker.ops import AccountRow, Finding, LetterRow, Reason, Story
+from worker.ops import AccountRow, LetterRow, Reason, Story
+from worker.server import Finding
 
 #: Trouble first: the order in which accounts are listed, and the colour of each state.
 COLOURS = {

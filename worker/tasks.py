@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from hashlib import sha256
 from typing import NoReturn, TypeVar
 from uuid import uuid4
@@ -67,7 +68,8 @@ log = structlog.get_logger()
 
 #: Refusals in a row after which no host seems to hold another credential (design, §2: "the third refusal blocks").
 MAX_REFUSALS = 3
-#: How long a settling waits for a server that is away; after that its message is pushed again.
+#: How long a beginning, and a settling, waits for a server that is away; after that its message is pushed again.
+BEGIN_PATIENCE_S = 60
 SETTLE_PATIENCE_S = 60
 #: Pause between two tries to tell the timetable how a poll ended, while the server is away.
 PATIENCE_S = 0.5
@@ -115,6 +117,11 @@ class Lease:
 
     started_s: float
     ends_s: float
+
+    @classmethod
+    def lasting(cls, seconds: float) -> Lease:
+        now_s = time.monotonic()
+        return cls(now_s, now_s + seconds)
 
     @property
     def left_s(self) -> float:
@@ -165,6 +172,9 @@ def fence(token: Token) -> Iterator[Token]:
             yield token
         except (Ignore, CeleryRetry, DeadLettered):
             raise
+        except StoreUnavailable as error:
+            log.error("the server was away for too long", reason=str(error))
+            raise PollCrashed(type(error).__name__) from None
         except Exception as error:
             # The last fence before Flower: a fault of ours. Its text may hold anything, so only its type goes out;
             # the lease brings the poll back.
@@ -206,10 +216,8 @@ def begin(wiring: Wiring, token: Token) -> Attempt:
         offer = make_offer(wiring, token.login, scheme)
         prints = offer.fingerprints
         # Not before the offer: a new worker's first fingerprints wait for each other, and that is no time of the lease.
-        lease_started_s = time.monotonic()
-        begun = wiring.timetable.begin(
-            token, caller=caller, scheme=scheme, bank=prints.bank, key=prints.key, callback=callback.digest
-        )
+        call = partial(begin_once, wiring, token, caller, scheme, prints, callback.digest)
+        lease_started_s, begun = patiently(Lease.lasting(BEGIN_PATIENCE_S), call)
         match begun:
             case OtherScheme():
                 _schemes[token.login] = begun.scheme
@@ -223,6 +231,16 @@ def begin(wiring: Wiring, token: Token) -> Attempt:
                 lease = Lease(lease_started_s, lease_started_s + begun.lease_ms / 1000)
                 url = callback.url if begun.definition.mode == "callback" else None
                 return Attempt(wiring, begun, lease, prints, offer.credentials, url)
+
+
+def begin_once(
+    wiring: Wiring, token: Token, caller: str, scheme: Scheme, prints: Fingerprints, callback: str
+) -> tuple[float, Begun | OtherScheme | CredentialRefused | None]:
+    """One call, and when it was made (monotonic): a repeated one is told what is left of the lease by then."""
+    started_s = time.monotonic()
+    return started_s, wiring.timetable.begin(
+        token, caller=caller, scheme=scheme, bank=prints.bank, key=prints.key, callback=callback
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,16 +390,15 @@ def run_settling(wiring: Wiring, token: Token) -> None:
 
     One body a message: each was announced by a message of its own. A repeated message finds nothing.
     """
-    unsettled = wiring.timetable.unsettled(token)
+    lease = Lease.lasting(SETTLE_PATIENCE_S)
+    unsettled = patiently(lease, lambda: wiring.timetable.unsettled(token))
     if unsettled is None:
         raise Ignore()
-    now_s = time.monotonic()
-    lease = Lease(now_s, now_s + SETTLE_PATIENCE_S)
     prints = Fingerprints(bank=unsettled.bank, key=unsettled.key)
     attempt = Attempt(wiring, unsettled.begun, lease, prints, is_answer=True)
     name, body = next(iter(unsettled.bodies.items()))
     end = conclude(attempt, *read_callback(wiring, unsettled, body))
-    wiring.timetable.forget_answer(token, [name])
+    patiently(lease, lambda: wiring.timetable.forget_answer(token, [name]))
     if end is not None:
         raise end
 
@@ -490,11 +507,14 @@ def spoken(seconds: int) -> str:
 
 def patiently(lease: Lease, call: Callable[[], T]) -> T:
     """Repeats `call` while the server is away, as long as the lease lasts: a paid answer is worth waiting for."""
+    is_told = False
     while True:
         try:
             return call()
         except StoreUnavailable as error:
             if lease.left_s <= 0:
                 raise
-            log.warning("waiting for the server", reason=str(error))
+            if not is_told:
+                log.warning("waiting for the server", reason=str(error))
+            is_told = True
             time.sleep(PATIENCE_S)

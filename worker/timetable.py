@@ -65,7 +65,7 @@ _AWAY = (
     ClusterDownError,
 )
 #: The server's refusals that pass by themselves, or by an operator's hand, without anything being wrong here.
-_PASSING = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY ")
+_PASSING = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY ", "WAITAOF")
 
 T = TypeVar("T")
 
@@ -566,7 +566,7 @@ class Timetable:
             script(args=args, client=pipeline)
         if is_durable:
             pipeline.execute_command("WAITAOF", 1, 0, CONFIRM_MS)  # type: ignore[no-untyped-call]
-        results = _guard(pipeline.execute)
+        results = _guard(lambda: _each_answered(pipeline))
         if is_durable and results.pop()[0] < 1:
             raise StoreUnavailable("Redis: not confirmed by the append-only file")
         return [_read_received(result) for result in results]
@@ -668,6 +668,15 @@ def _guard(call: Callable[[], T]) -> T:
         if str(error).startswith(_PASSING):
             raise StoreUnavailable(f"Redis: {str(error).split()[0]}") from error
         raise
+
+
+def _each_answered(pipeline: redis.client.Pipeline) -> list[Any]:
+    """The pipeline's results. Raises its first error as the server said it: redis-py writes the command before it."""
+    results: list[Any] = pipeline.execute(raise_on_error=False)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -10,19 +10,20 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from worker import ops, tables
+from worker import tables
 from worker.accounts import Accounts, load_accounts
 from worker.credentials import CredentialStore
 from worker.errors import ConfigurationError, Problem, StoreUnavailable
 from worker.processes import Command, Runner, check_ports, listening, read_procfile
 from worker.sandbox import sandbox_secrets
+from worker.server import REFUSED, Finding, check_server, problems_of
 from worker.settings import Settings, is_loopback
 from worker.store import EmbeddedStore
 from worker.timetable import Timetable, connect
@@ -84,7 +85,7 @@ class Machine:
     def _run(self, for_s: float | None, view: View) -> int:
         with self._store() as (url, heal):
             client = connect(url)
-            self._check_server(list(ops.check_server(client)))
+            self._check_server(check_server(client))
             env = {**self.env, "BALANCES_REDIS_URL": url}
             grace_s = self.settings.grace.total_seconds() + MARGIN_S
             runner = Runner(self._commands(env), grace_s=grace_s, on_line=view.line, heal=heal)
@@ -135,15 +136,10 @@ class Machine:
             wrong = f"is not set, and Flower on {self.settings.host} needs it"
             raise ConfigurationError([Problem("BALANCES_FLOWER_AUTH", wrong, "write user:password")])
 
-    def _check_server(self, findings: list[ops.Finding]) -> None:
-        """An append-only file that is off is warned about by `check`; the rest is no base to start on."""
-        is_test = TEST_CLOCK in self.env
-        wrong = [
-            Problem(f"BALANCES_REDIS_URL: {finding.name}", finding.detail, "see: balances check")
-            for finding in findings
-            if not finding.is_right and finding.name != "persistence" and not (finding.name == "clock" and is_test)
-        ]
-        if wrong:
+    def _check_server(self, findings: Iterable[Finding]) -> None:
+        """What the processes refuse, and a moved clock; of the rest they warn."""
+        refused = REFUSED if TEST_CLOCK in self.env else REFUSED | {"clock"}
+        if wrong := problems_of(finding for finding in findings if finding.name in refused):
             raise ConfigurationError(wrong)
 
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import secrets
 import signal
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from worker import logs, ops
-from worker.celery import Wiring, exiting_on_mistakes, wiring
+from worker import logs
+from worker.celery import Wiring, exiting_on_mistakes, until_there, wiring
 from worker.errors import StoreUnavailable
 from worker.processes import check_ports
 from worker.timetable import Received, Timetable
@@ -50,8 +49,6 @@ BODY_DEADLINE_S = 10.0
 #: Callbacks that wait for one confirmation together; beyond that a sender is asked to come again.
 BATCH = 200
 WAITING_LIMIT = 2_000
-#: Pause between two looks for a server that is away at the start.
-PAUSE_S = 0.5
 #: What a sender is told when an answer could not be confirmed.
 RETRY_AFTER_S = 5
 #: A token as `secrets.token_urlsafe(32)` makes it; anything else is nobody's.
@@ -100,7 +97,7 @@ class Intake:
         bodies = [(callback.digest, callback.body, callback.content_type) for callback in batch]
         try:
             results = await run_in_threadpool(self._timetable.receive, bodies, is_durable=self._is_durable)
-        except StoreUnavailable as error:
+        except Exception as error:  # noqa: BLE001 - every sender is told of it, and the next batch may do better
             for callback in batch:
                 if not callback.done.cancelled():
                     callback.done.set_exception(error)
@@ -258,9 +255,9 @@ async def on_store_unavailable(_request: Request, error: Exception) -> Response:
     return refusal(503, "not stored; come again", {"Retry-After": str(RETRY_AFTER_S)})
 
 
-def make_app(wiring: Wiring, *, is_durable: bool) -> Starlette:
-    """The ASGI app. `is_durable`: the server keeps an append-only file, which confirms every answer."""
-    intake = Intake(wiring.timetable, is_durable=is_durable)
+def make_app(wiring: Wiring) -> Starlette:
+    """The ASGI app. An append-only file, where the server keeps one, confirms every answer."""
+    intake = Intake(wiring.timetable, is_durable=wiring.is_durable)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -304,40 +301,18 @@ class Protocol(H11Protocol):
             self.transport.abort()
 
 
-def is_durable(wiring: Wiring) -> bool:
-    """Whether the server keeps an append-only file; if it cannot be asked now, it must prove it later."""
-    for finding in ops.check_server(wiring.timetable.client):
-        if finding.name == "persistence" and not finding.is_right:
-            log.warning("acknowledged answers live in memory only", reason=finding.detail)
-            return False
-    return True
-
-
-def until_wired() -> Wiring:
-    """The wiring, as soon as the server is there: a webhook that starts while it is away waits for it."""
-    is_told = False
-    while True:
-        try:
-            return wiring()
-        except StoreUnavailable as error:
-            if not is_told:
-                log.error("the server is away", reason=str(error))
-            is_told = True
-            time.sleep(PAUSE_S)
-
-
 def main() -> None:
     """Serves until SIGTERM or SIGINT, then finishes what was begun."""
     logs.configure()
     with exiting_on_mistakes():
-        parts = until_wired()
+        parts = until_there(wiring)
         settings = parts.settings
         check_ports(settings.host, {"BALANCES_WEBHOOK_PORT": settings.webhook_port})
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn stops at these and then raises them again, for whoever was there before: for us they are over by then.
         signal.signal(number, lambda *_: None)
     uvicorn.run(
-        make_app(parts, is_durable=is_durable(parts)),
+        make_app(parts),
         host=settings.host,
         port=settings.webhook_port,
         http=Protocol,

@@ -23,7 +23,6 @@ from typing import Any, Self
 
 import redis
 from sandbox_client import JsonObject, SandboxClient, Step, log_on_of, running_sandbox
-from schemas import validate_stream
 from servers import ROOT, ValkeyServer, wait_until
 
 from worker.policy import DeadLetterQueue
@@ -179,10 +178,8 @@ class Machine:
         try:
             if error is not None:
                 self.show_logs()
-            else:
-                validate_stream(self.store)
         finally:
-            self._stack.close()
+            self._stack.__exit__(kind, error, at)
 
     def _end(self) -> None:
         for process in self.processes:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from celery import Celery
 from machine import OK, PATIENCE_S, Account, Machine, Process, started_at
-from servers import wait_until
+from servers import ValkeyServer, wait_until
+
+#: The promise is five seconds (docs/reliability.md has what was measured); here a busy machine may need a few more.
+RESUMES_WITHIN_S = 15.0
+#: How long the server is away: a minute, where there is time.
+OUTAGE_S = 60.0 if os.environ.get("BALANCES_TEST_LONG") else 0.0
 
 SLOW = [f"slow-{number}" for number in range(1, 7)]
 QUICK = [f"quick-{number}" for number in range(1, 4)]
@@ -32,7 +40,7 @@ def test_a_server_killed_twice_takes_no_process_and_no_poll_with_it(tmp_path: Pa
         in_flight = until_in_flight(machine)
         machine.server.kill()
         machine.server.start()
-        assert seconds_until_polled(machine) <= 5.0
+        until_polled(machine)
         until_settled(machine, in_flight)
 
         in_flight = until_in_flight(machine)
@@ -40,7 +48,7 @@ def test_a_server_killed_twice_takes_no_process_and_no_poll_with_it(tmp_path: Pa
         machine.server.kill()
         until_waited_for(worker, waited_before)
         machine.server.start()
-        assert seconds_until_polled(machine) <= 5.0
+        until_polled(machine)
         until_settled(machine, in_flight)
 
         for alias in (*SLOW, *QUICK):
@@ -51,6 +59,93 @@ def test_a_server_killed_twice_takes_no_process_and_no_poll_with_it(tmp_path: Pa
         assert beat.is_alive, beat.text()
         assert kept_tags(machine) == {"delivered": 0, "dirty": 0}
         assert {part for command in machine.written() for part in command} & {b"unacked", b"unacked_index"} == set()
+
+
+@dataclass(frozen=True)
+class Outage:
+    """One way in which a server does not work, how it ends, and what our processes call it."""
+
+    begin: Callable[[ValkeyServer], object]
+    end: Callable[[ValkeyServer], object]
+    reason: str
+
+
+OUTAGES = {
+    "away": Outage(ValkeyServer.kill, ValkeyServer.start, "Redis: ConnectionError"),
+    "disk": Outage(ValkeyServer.fill_disk, ValkeyServer.free_disk, "Redis: MISCONF"),
+    "memory": Outage(ValkeyServer.fill_memory, ValkeyServer.free_memory, "Redis: OutOfMemoryError"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTAGES)
+def test_an_outage_is_said_once_ends_no_process_and_loses_no_answer(tmp_path: Path, kind: str) -> None:
+    accounts = [
+        *(Account(alias, ["hang", OK]) for alias in SLOW),
+        *(Account(alias, every="1s") for alias in QUICK),
+    ]
+    outage, limits = OUTAGES[kind], {"request_deadline": "90s", "lease_margin": "30s"}
+    with Machine(tmp_path, accounts, limits=limits) as machine:
+        processes = [machine.beat(), worker := machine.worker()]
+        machine.until_entries(QUICK[0], 1)
+        in_flight = until_in_flight(machine)
+
+        ends_s = time.monotonic() + OUTAGE_S
+        outage.begin(machine.server)
+        for process in processes:
+            wait_until(lambda process=process: process.said("the server is away"), PATIENCE_S, process.name)
+        for alias in SLOW:
+            assert machine.sandbox.answer_hanging(machine.number(alias), OK) == 1
+        until_waited_for(worker, 0)
+        wait_until(lambda: time.monotonic() >= ends_s, OUTAGE_S + 1, "the end of the outage")
+        outage.end(machine.server)
+        until_polled(machine)
+        until_settled(machine, in_flight)
+
+        for alias in (*SLOW, *QUICK):
+            machine.settle_down(alias)
+        published = sorted(entry["operation_id"] for entry in machine.entries())
+        assert published == sorted(request["operation_id"] for request in machine.sandbox.requests())
+        for process in processes:
+            wait_until(lambda process=process: process.said("the server is back"), PATIENCE_S, process.name)
+            assert process.is_alive, process.text()
+            assert [said["reason"] for said in process.said("the server is away")] == [outage.reason]
+        assert len(worker.said("waiting for the server")) == len(
+            {said["task"] for said in worker.said("waiting for the server")}
+        )
+        assert not worker.said("poll crashed")
+        assert machine.store.waitaof(1, 0, 10_000) == [1, 0], "in memory, not on disk"
+
+
+def test_a_poll_that_cannot_begin_waits_for_the_server(tmp_path: Path) -> None:
+    with Machine(tmp_path, [Account("acme")]) as machine:
+        machine.beat()
+        worker = machine.worker(traps=True)
+        machine.arm("claimed", "acme", number=signal.SIGSTOP)
+        machine.kick("acme")
+        machine.until_sprung()
+        machine.server.fill_memory()
+        worker.thaw()
+        wait_until(lambda: worker.said("waiting for the server", account="acme"), PATIENCE_S, "a poll that waits")
+        machine.server.free_memory()
+        machine.until_entries("acme", 1)
+        assert machine.outcomes("acme") == ["1 ok"]
+        assert not worker.said("poll crashed")
+
+
+def test_an_answer_waits_for_the_server_as_long_as_its_lease_and_the_poll_comes_back(tmp_path: Path) -> None:
+    limits = {"request_deadline": "2s", "lease_margin": "1s"}
+    with Machine(tmp_path, [Account("acme", [f"{OK}@1s"])], limits=limits) as machine:
+        machine.beat()
+        worker = machine.worker()
+        machine.kick("acme")
+        machine.requests("acme", 1, ended=False)
+        machine.server.kill()
+        wait_until(lambda: worker.said("the server was away for too long", account="acme"), PATIENCE_S, "its end")
+        machine.server.start()
+        [entry] = machine.until_entries("acme", 1)
+        first, second = machine.requests("acme", 2)
+        assert entry["operation_id"] == second["operation_id"] != first["operation_id"]
+        assert machine.outcomes("acme") == ["1 LOST", "2 ok"]
 
 
 def until_in_flight(machine: Machine) -> dict[int, str]:
@@ -85,12 +180,14 @@ def until_settled(machine: Machine, in_flight: dict[int, str]) -> None:
     wait_until(settled, PATIENCE_S, "what was in flight, on the stream")
 
 
-def seconds_until_polled(machine: Machine) -> float:
-    """From now to the next request at the bank."""
+def until_polled(machine: Machine) -> None:
+    """Until the next request at the bank, which must not be long."""
     start_s = time.monotonic()
     last = max(request["seq"] for request in machine.sandbox.requests())
     machine.sandbox.wait_for(1, since=last, ended=False)
-    return time.monotonic() - start_s
+    took_s = time.monotonic() - start_s
+    print(f"polling again {took_s:.1f} s after the server was back")
+    assert took_s <= RESUMES_WITHIN_S
 
 
 def kept_tags(machine: Machine) -> dict[str, int]:

@@ -11,10 +11,14 @@ from torture.reconcile import Asked, Attempt, Evidence, Life
 from torture.torture import ATTACKS, PATIENCE_S, Victims, planned, report, torture
 
 SEED = 2
+#: Few accounts, polled often: as many polls a second as the long run's.
+EVERY_S = (2, 3, 4)
 
 
 def test_half_a_minute_of_torture_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
-    run, figures = torture(tmp_path, seed=SEED, seconds=30, accounts=60, logins=20, webhooks=1, is_hurried=True)
+    run, figures = torture(
+        tmp_path, seed=SEED, seconds=30, accounts=60, logins=20, webhooks=1, every_s=EVERY_S, is_hurried=True
+    )
     text = report(run, figures)
     print("\n".join(run.diary), text, sep="\n")
     assert not run.findings, text
@@ -24,7 +28,7 @@ def test_half_a_minute_of_torture_loses_nothing_and_doubles_nothing(tmp_path: Pa
 
 def test_processes_that_start_while_the_server_is_away_wait_for_it(tmp_path: Path) -> None:
     """What the torture found: a beat and a webhook restarted at such a moment ended with an uncaught error."""
-    with Victims(tmp_path, SEED, accounts=2, logins=2, webhooks=1) as victims:
+    with Victims(tmp_path, SEED, accounts=2, logins=2, webhooks=1, every_s=EVERY_S) as victims:
         victims.server.kill()
         processes = [victims.bring(name) for name in victims.names if name != "beat-2"]
         for process in processes:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,6 +179,39 @@ def test_a_server_that_is_away_means_come_again(tmp_path: Path) -> None:
 
 def status(webhook: Webhook, path: str) -> int:
     return requests.get(webhook.url + path, timeout=20).status_code
+
+
+@pytest.mark.parametrize(
+    ("breaking", "mending"),
+    [
+        (ValkeyServer.fill_disk, ValkeyServer.free_disk),
+        (ValkeyServer.fill_memory, ValkeyServer.free_memory),
+        (lambda server: configure(server, "no"), lambda server: configure(server, "yes")),
+    ],
+    ids=["disk", "memory", "append-only file turned off"],
+)
+def test_what_the_server_cannot_keep_means_come_again(
+    tmp_path: Path, breaking: Callable[[ValkeyServer], None], mending: Callable[[ValkeyServer], None]
+) -> None:
+    with (
+        ValkeyServer(tmp_path, appendonly="yes") as own,
+        own.client() as client,
+        running_webhook(own, tmp_path) as webhook,
+    ):
+        world = CallbackWorld(client, "a")
+        begun = expect(world)
+        breaking(own)
+        assert [webhook.post(f"/callbacks/{SECRET}").status_code for _ in range(3)] == [503, 503, 503]
+        mending(own)
+        wait_until(lambda: webhook.post(f"/callbacks/{SECRET}").status_code == 200, timeout=20)
+        own.kill()
+        own.start()
+        assert world.settle_answer(begun.token) == "published"
+
+
+def configure(server: ValkeyServer, appendonly: str) -> None:
+    with server.client() as client:
+        client.config_set("appendonly", appendonly)
 
 
 BIG = b'{"a": "' + b"x" * (1024 * 1024) + b'"}'

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
+from jsonschema_rs import ValidationError
 from servers import ROOT, ValkeyServer, alive, wait_until
 
 from worker import store as store_module
@@ -213,6 +214,19 @@ def test_the_server_for_tests_keeps_its_address_over_a_kill(tmp_path: Path) -> N
         server.kill()
         server.start()
         assert owner.get("poll") == "17"
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_an_entry_that_breaks_its_schema_fails_whatever_test_published_it(tmp_path: Path, is_killed: bool) -> None:
+    with pytest.raises(ValidationError):
+        publish_nonsense(tmp_path, is_killed)
+
+
+def publish_nonsense(directory: Path, is_killed: bool) -> None:
+    with ValkeyServer(directory) as server, server.client() as owner:
+        owner.xadd("balances", {"type": "balance.observed.v1", "data": "{}"})
+        if is_killed:
+            server.kill()
 
 
 @pytest.mark.parametrize("turn", [1, 2])

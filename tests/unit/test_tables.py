@@ -13,7 +13,8 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from worker import tables
-from worker.ops import AccountRow, AttemptRow, Finding, LetterRow, Reason, Story, iso
+from worker.ops import AccountRow, AttemptRow, LetterRow, Reason, Story, iso
+from worker.server import Finding
 
 NOW = datetime(2026, 11, 22, 10, 33, 10, tzinfo=UTC)  # a Sunday
 
