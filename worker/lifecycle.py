@@ -1,6 +1,6 @@
 """Come and go as a worker: refuse to start without secrets, say how much room there is, leave within the grace period.
 
-start ─▶ server fit, secrets there? ─▶ present every 5 s, secrets looked at every 15 s ─▶ SIGTERM ─▶ gone after its grace
+start ─▶ server fit? secrets there? ─▶ present every 5 s, secrets looked at every 15 s ─▶ SIGTERM ─▶ gone in time
 
 Present is only who works: a worker whose thread is free while messages wait, and that takes none, says nothing.
 """
