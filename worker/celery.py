@@ -98,6 +98,11 @@ def until_there(call: Callable[[], T]) -> T:
             return result
 
 
+def worker_name(hostname: str | None) -> str:
+    """What this worker's process is called in Redis; `hostname` is Celery's, such as `worker@host`."""
+    return f"{hostname}:{os.getpid()}"
+
+
 def configuration() -> dict[str, Any]:
     """Celery's configuration; a mistake in ours stops the process with status 2, before anything has started."""
     with exiting_on_mistakes():

@@ -231,7 +231,7 @@ def opening(machine: Machine) -> list[str]:
             "This is the sandbox: a bank of our own making; no request leaves this machine.",
             "To go live: copy config/accounts.example.toml to config/accounts.toml, edit it.",
         ]
-    return [*lines, f"Flower: {machine.flower_url} · Ctrl-C stops everything"]
+    return [*lines, f"Flower: {machine.flower_url} · Status: {machine.status_url} · Ctrl-C stops everything"]
 
 
 @main.command()

@@ -18,7 +18,7 @@ import structlog
 from celery import signals
 from celery.worker import state
 
-from worker.celery import AWAY_S, Wiring, exiting_on_mistakes, until_there, wiring
+from worker.celery import AWAY_S, Wiring, exiting_on_mistakes, until_there, wiring, worker_name
 from worker.credentials import Credentials, Fingerprints, fingerprints, token_end
 from worker.errors import ConfigurationError, MissingSecret, StoreUnavailable
 from worker.policy import Credential
@@ -206,7 +206,7 @@ def _on_ready(sender: Any, **_: object) -> None:
     queues, threads = sender.app.amqp.queues.consume_from, sender.controller.concurrency
     room = threads if POLLS in queues else 0
     consumption = Consumption(wiring().timetable, queues, threads)
-    presence = Presence(wiring(), f"{sender.hostname}:{os.getpid()}", room, consumption)
+    presence = Presence(wiring(), worker_name(sender.hostname), room, consumption)
     presence.start()
     _presence.append(presence)
 

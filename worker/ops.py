@@ -46,6 +46,20 @@ WANTED = {"resume": "it is not paused", "redrive": "it is not suspended", "disca
 PLANNED = frozenset({"scheduled", "waiting", "awaiting"})
 #: States in which nobody has begun its poll.
 WAITS = frozenset({"scheduled", "waiting", "dispatched"})
+#: States as operators see them, trouble first.
+BY_TROUBLE = (
+    "blocked",
+    "suspended",
+    "parked",
+    "waiting",
+    "awaiting",
+    "polling",
+    "dispatched",
+    "paused",
+    "scheduled",
+)
+#: Where a blocked login's letter lies, and where the letters of parked accounts do.
+BLOCKED_QUEUE, PARKED_QUEUE = DeadLetterQueue.DO_NOT_RETRY, DeadLetterQueue.AFTER_NOTIFICATION
 #: How long `tail` lets a server that is away rest.
 AWAY_S = 1.0
 
@@ -131,6 +145,31 @@ class Story:
     commands: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which accounts are asked for; what is given adds up.
+
+    `state`: as operators see it, or "overdue". `text`: a part of the alias, or a login's name.
+    """
+
+    state: str = ""
+    institution: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """An account among others: its row, why it is where it is ('' where all is well), and what to type about it.
+
+    `due_ms`: when its own next step is due, None where a person or a notification decides.
+    """
+
+    row: AccountRow
+    why: str
+    command: str
+    due_ms: int | None
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -153,7 +192,85 @@ def _defined(alias: str, fields: dict[str, str]) -> dict[str, str]:
 
 def blocked_logins(timetable: Timetable) -> set[str]:
     """The logins of which nothing goes out."""
-    return {login for login, fields in timetable.logins().items() if "blocked" in fields}
+    return set(timetable.blocked())
+
+
+def find(timetable: Timetable, wanted: Wanted, first: int, most: int) -> tuple[list[str], int]:
+    """From the accounts wanted, trouble first, those from `first` on, `most` of them; and how many are wanted.
+
+    Reads no account, and without a text only the groups that it needs: a page of 100,000 is as quick as one of 100.
+    """
+    states = [state for state in BY_TROUBLE if wanted.state in {"", "overdue", state}]
+    fits = _fitting(timetable, wanted)
+    found: list[str] = []
+    passed = 0
+    for group, size in timetable.groups(states, wanted.institution):
+        members: list[str] = []
+        if size and (fits or (len(found) < most and passed + size > first)):
+            members = sorted(filter(fits, timetable.members(group)))
+            size = len(members)
+        found += members[max(0, first - passed) :][: most - len(found)]
+        passed += size
+    return found, passed
+
+
+def _fitting(timetable: Timetable, wanted: Wanted) -> Callable[[str], bool] | None:
+    """Whether an alias fits what its group does not tell; None where every one does."""
+    if not wanted.text and wanted.state != "overdue":
+        return None
+    of_login = timetable.accounts_of(wanted.text) if wanted.text else set()
+    overdue = timetable.overdue() if wanted.state == "overdue" else None
+    return lambda alias: (wanted.text in alias or alias in of_login) and (overdue is None or alias in overdue)
+
+
+def standing(timetable: Timetable, aliases: Sequence[str]) -> list[Standing]:
+    """How these accounts stand, in this order; without those that are not defined any more."""
+    now_ms = timetable.now_ms()
+    found = {alias: fields for alias, fields in timetable.accounts(aliases) if "definition" in fields}
+    blocked = timetable.blocked()
+    logins = timetable.logins({fields["login"] for fields in found.values()} & blocked.keys())
+    return [_standing(alias, found[alias], logins, now_ms) for alias in aliases if alias in found]
+
+
+def _standing(alias: str, fields: dict[str, str], logins: Mapping[str, dict[str, str]], now_ms: int) -> Standing:
+    login = logins.get(fields["login"], {})
+    row = account_row(alias, fields, "blocked" in login, now_ms)
+    due_ms = int(fields["due"]) if row.next_due else None
+    return Standing(row, _why(row, fields, login), _commands(row, fields["state"])[0], due_ms)
+
+
+def _why(row: AccountRow, fields: Mapping[str, str], login: Mapping[str, str]) -> str:
+    """Why the account is where it is, in a few words."""
+    match row.state:
+        case "blocked":
+            return _told(login)
+        case "suspended" | "parked":
+            return _told(fields)
+        case "paused":
+            return f"paused while {fields['state']}"
+        case "awaiting":
+            return "its callback is awaited"
+        case "waiting":
+            return f"after {row.last_outcome}; next is attempt {row.attempt + 1}"
+    return "not polled yet" if row.last_outcome is None else "" if row.last_outcome == "ok" else row.last_outcome
+
+
+def _told(fields: Mapping[str, str]) -> str:
+    """The reason of a letter: code, type and description."""
+    what = " ".join(filter(None, (fields.get("code"), fields.get("type"))))
+    return f"{what}: {fields['description']}" if fields.get("description") else what
+
+
+def blocked_by_age(timetable: Timetable, most: int) -> list[tuple[str, dict[str, str]]]:
+    """The logins blocked for longest, each with the fields of its hash."""
+    found = timetable.logins(timetable.blocked())
+    blocked = [(login, fields) for login, fields in found.items() if "blocked" in fields]
+    return sorted(blocked, key=lambda each: int(each[1]["blocked_at"]))[:most]
+
+
+def longest_awaited(timetable: Timetable, most: int) -> list[tuple[str, int]]:
+    """The accounts whose callbacks are awaited for longest, and since when (ms)."""
+    return timetable.longest_awaited(most)
 
 
 def account_row(alias: str, fields: Mapping[str, str], is_blocked: bool, now_ms: int) -> AccountRow:
@@ -228,9 +345,9 @@ def _commands(row: AccountRow, underneath: str) -> tuple[str, ...]:
     return (f"balances resume {alias}", *commands) if row.state == "paused" else (*commands, f"balances pause {alias}")
 
 
-def dead_letters(timetable: Timetable, queue: str | None = None) -> list[LetterRow]:
-    """Every dead letter, by queue and age."""
-    return [_letter_row(name, letter) for name, letter in timetable.letters() if queue in {None, name}]
+def dead_letters(timetable: Timetable, queue: str | None = None, most: int = 0) -> list[LetterRow]:
+    """Every dead letter, or the oldest `most` of each queue, by queue and age."""
+    return [_letter_row(name, letter) for name, letter in timetable.letters(most) if queue in {None, name}]
 
 
 def _letter_row(queue: DeadLetterQueue, letter: dict[str, Any]) -> LetterRow:
@@ -456,6 +573,11 @@ def _check_tokens(accounts: Accounts, credentials: CredentialStore, now_ms: int)
 def iso(ms: int) -> str:
     """ISO 8601 in UTC, to the millisecond."""
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def to_ms(moment: str) -> int:
+    """The inverse of `iso`."""
+    return round(datetime.fromisoformat(moment).timestamp() * 1000)
 
 
 def as_dict(row: AccountRow | LetterRow | Finding) -> dict[str, Any]:

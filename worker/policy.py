@@ -107,6 +107,9 @@ LOG_ON_ERROR = re.compile(r"E1\d\d")
 #: "JWT expired, revoked or invalid".
 TOKEN_ERROR = "A000"  # noqa: S105 - a code, not a secret
 
+#: What a code is counted by: Khipu's hundreds, and HTTP's.
+CLASSIFIED = re.compile(r"(E[0-9]|HTTP_[1-5])[0-9]{2}")
+
 #: Short countdowns are stretched by up to this share, so that accounts that failed together do not return together.
 SHORT_JITTER = 0.2
 #: Waits are stretched by up to this share, never shortened: nothing may be asked before the four hours are over.
@@ -146,6 +149,27 @@ def decide(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) 
 def is_contract_drift(outcome: Outcome) -> bool:
     """Whether Khipu answered with a type that this table does not know."""
     return outcome.kind is Kind.ANSWERED and outcome.type not in set(ErrorType)
+
+
+def class_of(outcome: Outcome) -> str:
+    """What the outcome is counted as, "outcome|type|code": of bounded number, whatever Khipu answers."""
+    return f"{outcome.kind.lower()}|{_class_of_type(outcome)}|{_class_of_code(outcome)}"
+
+
+def _class_of_type(outcome: Outcome) -> str:
+    if outcome.kind is not Kind.ANSWERED:
+        return "none"
+    return "other" if is_contract_drift(outcome) else str(outcome.type)
+
+
+def _class_of_code(outcome: Outcome) -> str:
+    """`E2xx` of a documented code, `HTTP_5xx` of a status, the kind of a failure of ours."""
+    if outcome.code == TOKEN_ERROR:
+        return outcome.code
+    if match := CLASSIFIED.fullmatch(outcome.code):
+        return f"{match[1]}xx"
+    is_ours = outcome.kind is not Kind.ANSWERED and outcome.code in {outcome.kind, outcome.kind.lower()}
+    return outcome.code if is_ours else "other"
 
 
 def is_mass_removal(known: int, gone: int) -> bool:

@@ -33,7 +33,7 @@ from celery.worker.request import Request
 from worker import logs
 from worker.accounts import Scheme
 from worker.balances import DESCRIPTION_LIMIT, Accepted, Answer, check_currency, read_answer
-from worker.celery import POLL_TASK, SETTLE_TASK, Wiring, app, wiring
+from worker.celery import POLL_TASK, SETTLE_TASK, Wiring, app, wiring, worker_name
 from worker.credentials import Credentials, Fingerprints, fingerprints, token_end
 from worker.errors import (
     ConfigurationError,
@@ -209,7 +209,7 @@ class Offer:
 
 def begin(wiring: Wiring, token: Token) -> Attempt:
     """Takes the token, with the credentials that this worker would send; a stale token ends here, ignored."""
-    caller = uuid4().hex
+    caller = f"{this_worker()} {uuid4().hex}"
     callback = new_callback(wiring)
     while True:
         scheme = _schemes.get(token.login, "api-key")
@@ -249,6 +249,12 @@ class Callback:
 
     url: str | None
     digest: str
+
+
+def this_worker() -> str:
+    """The worker that runs this task, as it calls itself among those that are alive."""
+    task = app.current_worker_task
+    return worker_name(task.request.hostname if task else None)
 
 
 def new_callback(wiring: Wiring) -> Callback:
@@ -444,6 +450,8 @@ def settle(attempt: Attempt, answer: Answer) -> bool:
         fingerprint=answer.fingerprint(),
         account_ids=tuple(sorted({balance.account_id for balance in answer.balances})),
         fetched_at_ms=fetched_at_ms,
+        as_of_ms=max((round(balance.as_of.timestamp() * 1000) for balance in answer.balances), default=None),
+        has_drift=bool(answer.drift),
     )
     settled = patiently(attempt.lease, lambda: attempt.wiring.timetable.settle(attempt.begun, event))
     if settled is None:

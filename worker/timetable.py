@@ -53,6 +53,8 @@ OVERDUE_BATCH = 500
 SETTLE_AGAIN_MS = 60_000
 #: How long the server may take to write what it has taken in to its append-only file.
 CONFIRM_MS = 3_000
+#: How long it is remembered when a worker last began a poll, also of those that are gone.
+REMEMBER_BEGINS_MS = 7 * 86_400_000
 #: What a worker offers to begin with in place of a credential that it does not have.
 MISSING = "missing"
 #: What redis-py raises for a server that is away, or does not work now.
@@ -166,7 +168,10 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What `settle` puts on the stream: `data` lacks only `late` and `changed`, which the script knows."""
+    """What `settle` puts on the stream: `data` lacks only `late` and `changed`, which the script knows.
+
+    `as_of_ms`: the newest moment that the bank gives, None without a balance. `has_drift`: there were unknown fields.
+    """
 
     operation_id: str
     source: str
@@ -174,6 +179,8 @@ class Event:
     fingerprint: str
     account_ids: tuple[str, ...]
     fetched_at_ms: int
+    as_of_ms: int | None = None
+    has_drift: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +359,7 @@ class Timetable:
     def begin(
         self, token: Token, *, caller: str, scheme: Scheme, bank: str, key: str, callback: str = ""
     ) -> Begun | OtherScheme | CredentialRefused | None:
-        """Begins the poll, once per token; the same caller may repeat. None: the token is stale.
+        """Begins the poll, once per token; the same caller, "worker id", may repeat. None: the token is stale.
 
         `bank` and `key` are fingerprints of what this worker would send ('' for none, or `MISSING`); `callback` is the
         digest of the token that it would be called back with.
@@ -408,16 +415,19 @@ class Timetable:
             next_ms,
             definition.revision,
             schedule.interval_ms(definition, next_ms),
+            "" if event.as_of_ms is None else event.as_of_ms,
+            "drift" if event.has_drift else "",
             *event.account_ids,
         )
         return None if result[0] == "foreign" else Settled(result[0], result[1] == "true")
 
     def postpone(
-        self, token: Token, countdown_ms: int, counters: Counters, code: str, *, is_answer: bool = False
+        self, token: Token, countdown_ms: int, counters: Counters, outcome: Outcome, *, is_answer: bool = False
     ) -> Postponed | None:
         """Lets the account wait. None: the token is stale, nothing changed."""
         tried = (counters.tries, counters.waits, counters.losses)
-        return _read_postponed(self._run("postpone", *token.args, countdown_ms, *tried, code, _by(is_answer)))
+        ended = (outcome.code, _by(is_answer), policy.class_of(outcome))
+        return _read_postponed(self._run("postpone", *token.args, countdown_ms, *tried, *ended))
 
     def conclude(
         self,
@@ -437,7 +447,7 @@ class Timetable:
         """
         match decision:
             case policy.Retry(countdown, counters):
-                return self.postpone(token, to_ms(countdown), counters, outcome.code, is_answer=is_answer)
+                return self.postpone(token, to_ms(countdown), counters, outcome, is_answer=is_answer)
             case policy.DeadLetter(queue):
                 short_ms = to_ms(retry.immediately[0])
                 return self.suspend(token, queue, outcome, short_ms=short_ms, is_answer=is_answer)
@@ -504,6 +514,7 @@ class Timetable:
             fingerprint,
             how,
             by,
+            policy.class_of(outcome),
         )
         return cast(Suspension, result[0]) if result[0] == state else _read_postponed(result)
 
@@ -514,6 +525,7 @@ class Timetable:
         member = f"{name} {threads}"
         _guard(lambda: self.client.zadd("workers", {member: until_ms}))
         _guard(lambda: self.client.zremrangebyscore("workers", "-inf", until_ms - ttl_s * 1000))
+        _guard(lambda: self.client.zremrangebyscore("begins", "-inf", until_ms - REMEMBER_BEGINS_MS))
 
     def forget_worker(self, name: str, threads: int) -> None:
         """Takes the worker's threads out of the queue's room."""
@@ -539,8 +551,10 @@ class Timetable:
         key = f"login:{login}"
         if end_s is None:
             _guard(lambda: self.client.hdel(key, "token_expires"))
+            _guard(lambda: self.client.zrem("token_expires", login))
         else:
             _guard(lambda: self.client.hset(key, "token_expires", end_s))
+            _guard(lambda: self.client.zadd("token_expires", {login: end_s}))
 
     def salt(self) -> bytes:
         """The one salt of all credential fingerprints, made by whoever asks first."""
@@ -627,17 +641,53 @@ class Timetable:
         for batch in _batches(sorted(self.revisions() if aliases is None else aliases), 1000):
             yield from zip(batch, self._hashes([f"account:{alias}" for alias in batch]), strict=True)
 
-    def logins(self) -> dict[str, dict[str, str]]:
-        """Every login with the fields of its hash."""
-        names = sorted(cast(set[str], _guard(lambda: self.client.smembers("logins"))))
+    def logins(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
+        """Every login (or those named), sorted, with the fields of its hash."""
+        if names is None:
+            names = cast(set[str], _guard(lambda: self.client.smembers("logins")))
+        names = sorted(names)
         return dict(zip(names, self._hashes([f"login:{name}" for name in names]), strict=True))
 
-    def letters(self) -> Iterator[tuple[DeadLetterQueue, dict[str, Any]]]:
-        """Every dead letter, oldest first in its queue, as the Celery message that it is."""
+    def letters(self, most: int = 0) -> Iterator[tuple[DeadLetterQueue, dict[str, Any]]]:
+        """Every dead letter, or the oldest `most` of each queue, oldest first, as the Celery message that it is."""
         for queue in DeadLetterQueue:
-            texts = cast(list[str], _guard(partial(self.client.lrange, queue, 0, -1)))
+            texts = cast(list[str], _guard(partial(self.client.lrange, queue, -most, -1)))
             for text in reversed(texts):
                 yield queue, json.loads(text)
+
+    def groups(self, states: Sequence[str], institution: str = "") -> list[tuple[str, int]]:
+        """The groups of accounts that are seen alike, by state and institution (one, or all), with their sizes."""
+        names = [institution] if institution else sorted(self.institutions())
+        keys = [f"state:{name}:{state}" for state in states for name in names]
+        pipeline = self.client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.scard(key)
+        return list(zip(keys, cast(list[int], _guard(pipeline.execute)), strict=True))
+
+    def members(self, group: str) -> set[str]:
+        """The accounts of one of `groups`."""
+        return cast(set[str], _guard(lambda: self.client.smembers(group)))
+
+    def institutions(self) -> set[str]:
+        """Every institution ever defined."""
+        return cast(set[str], _guard(lambda: self.client.smembers("institutions")))
+
+    def overdue(self) -> set[str]:
+        """The accounts that are due for longer than their own interval."""
+        return cast(set[str], _guard(lambda: self.client.smembers("overdue")))
+
+    def longest_awaited(self, most: int) -> list[tuple[str, int]]:
+        """The accounts whose callbacks are awaited for longest, and since when (ms)."""
+        found = cast(list[Any], _guard(lambda: self.client.zrange("awaiting", 0, most - 1, withscores=True)))
+        return [(alias, int(since_ms)) for alias, since_ms in found]
+
+    def blocked(self) -> dict[str, str]:
+        """Every blocked login, with the kind of credential that failed."""
+        return cast(dict[str, str], _guard(lambda: self.client.hgetall("blocked")))
+
+    def accounts_of(self, login: str) -> set[str]:
+        """The login's accounts."""
+        return cast(set[str], _guard(lambda: self.client.smembers(f"aliases:{login}")))
 
     def history(self, alias: str) -> list[str]:
         """The account's last attempts, newest first: "ended (ms) poll attempt duration (ms) outcome"."""

@@ -72,6 +72,11 @@ class Machine:
         """Where Flower is found."""
         return f"http://{self.settings.host}:{self.settings.flower_port}"
 
+    @property
+    def status_url(self) -> str:
+        """Where the exporter shows how it goes."""
+        return f"http://{self.settings.host}:{self.settings.exporter_port}"
+
     def run(self, for_s: float | None, view: View) -> int:
         """Runs until a signal or `for_s` is over. Returns the exit status; on the main thread only."""
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -121,6 +126,7 @@ class Machine:
         ports = {
             "BALANCES_FLOWER_PORT": self.settings.flower_port,
             "BALANCES_WEBHOOK_PORT": self.settings.webhook_port,
+            "BALANCES_EXPORTER_PORT": self.settings.exporter_port,
         }
         if self.settings.is_sandbox:
             ports["BALANCES_SANDBOX_PORT"] = self.settings.sandbox_port

@@ -131,7 +131,10 @@ async def callback(request: Request) -> Response:
     timetable: Timetable = request.app.state.timetable
     token = request.path_params["token"]
     digest = digest_of(token)
-    if len(token) != TOKEN_LENGTH or not await run_in_threadpool(timetable.knows_callback, digest):
+    if len(token) != TOKEN_LENGTH:
+        return refusal(404, "no such callback")
+    if not await run_in_threadpool(timetable.knows_callback, digest):
+        await run_in_threadpool(timetable.count, "callback unknown")
         return refusal(404, "no such callback")
     content_type = check_type(request)
     body = await read_body(request, BODY_LIMIT)

@@ -19,9 +19,8 @@ from urllib.parse import parse_qs
 import pytest
 import requests
 from machine import AMOUNT, OK, PATIENCE_S, Account, Machine, Process, canaries_in
-from playwright.sync_api import Browser, Page, Response, sync_playwright
+from playwright.sync_api import Browser, Page, Response
 from servers import ROOT, ValkeyServer, wait_until
-from tools import tool
 
 from worker.policy import DeadLetterQueue
 from worker.store import LOOPBACK, free_port, tethered
@@ -29,17 +28,6 @@ from worker.timetable import ANSWERS, POLLS
 
 USER, PASSWORD = "operator", "flower-canary"
 QUEUES = [POLLS, ANSWERS, *DeadLetterQueue]
-#: What a browser does beside showing the page is to find no network, and root needs no sandbox of the browser's.
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
 FLOWER = ("-m", "celery", "-A", "worker", "flower", f"--conf={ROOT}/config/flowerconfig.py")
 
 #: So long that no account comes up by itself, wherever in it its slot lies.
@@ -99,16 +87,6 @@ class Watched(Machine):
         self.kick(*aliases)
         for alias in aliases:
             wait_until(lambda alias=alias: self.outcomes(alias), PATIENCE_S, f"an attempt of {alias}")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """The system's Chromium; without one: skipped on a laptop, failed in CI, which installs it."""
-    chromium = tool("chromium", "chromium-browser", "google-chrome", package="Debian: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

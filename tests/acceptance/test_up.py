@@ -215,7 +215,7 @@ def refused(directory: Path, **more: str) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("variable", ["BALANCES_FLOWER_PORT", "BALANCES_SANDBOX_PORT"])
+@pytest.mark.parametrize("variable", ["BALANCES_FLOWER_PORT", "BALANCES_EXPORTER_PORT", "BALANCES_SANDBOX_PORT"])
 def test_a_busy_port_is_named(tmp_path: Path, variable: str) -> None:
     with socket.create_server((LOOPBACK, 0)) as listener:
         port = listener.getsockname()[1]

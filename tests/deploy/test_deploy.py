@@ -123,8 +123,6 @@ def ran(*command: str | Path, cwd: Path = ROOT) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_process_of_the_procfile_is_deployed_with_the_same_command(kind: str) -> None:
     deployed = {name: process.command for name, process in KINDS[kind]().items()}
-    if "exporter" not in procfile():
-        assert deployed.pop("exporter") == ["python", "-m", "worker.exporter"]
     assert deployed == procfile()
 
 

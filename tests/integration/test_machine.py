@@ -424,7 +424,7 @@ class TimetableMachine(RuleBasedStateMachine):
         def server() -> str:
             self.promises.end(token)
             counters = Counters(*tried, token.attempt)
-            result = self.timetable.postpone(token, countdown_ms, counters, "E201", is_answer=is_answer)
+            result = self.timetable.postpone(token, countdown_ms, counters, outcome("E201"), is_answer=is_answer)
             return f"postponed {result.due_ms}" if result else "stale"
 
         self.both(

@@ -11,6 +11,7 @@ from world import EVERY_S, LEASE_MS, MINUTE_MS, Entry, World, accounts_file, rea
 
 from worker import ops
 from worker.accounts import parse_accounts
+from worker.errors import Kind, Outcome
 from worker.policy import Counters
 from worker.timetable import Begun
 
@@ -129,7 +130,7 @@ def test_a_late_answer_does_not_end_the_spell(world: World) -> None:
     world.due_now("a")
     lost = start(world)
     world.pass_time(LEASE_MS + 1000)
-    world.timetable.postpone(lost.token, 0, Counters(1, 0, 1, 1), "LOST")
+    world.timetable.postpone(lost.token, 0, Counters(1, 0, 1, 1), Outcome(Kind.LOST, "LOST"))
     world.pass_time(EVERY_MS + 1000)
     look(world)
     assert world.settle(lost).result == "late"

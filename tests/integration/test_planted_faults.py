@@ -14,12 +14,13 @@ import redis
 import test_backlog as backlog
 import test_callbacks as callbacks
 import test_clock_jumps as clock
+import test_counts as counts
 import test_overdue as overdue
 import test_timetable as rules
 from planted_faults import Patch, patched
 from servers import ValkeyServer
 from test_machine import IS_LONG, profile, run
-from world import World
+from world import World, read
 
 from worker.policy import Credential
 
@@ -651,6 +652,103 @@ FAULTS = [
         rules.test_the_stream_is_trimmed_by_age_and_never_by_count,
         found=False,
     ),
+    # ----------------------------------------------------------------------------------------------------- counts
+    Fault(
+        "claim does not count what it takes",
+        "claim",
+        "  note(joined, set, alias)\n",
+        "",
+        lambda world: counts.test_an_account_is_counted_in_each_state_of_a_poll(_two(world)),
+    ),
+    Fault(
+        "claim counts what it takes and leaves it where it was",
+        "claim",
+        "for_each_set('SREM', left)\n",
+        "",
+        lambda world: counts.test_one_claim_counts_what_it_takes_from_several_states_and_institutions(world.client),
+    ),
+    Fault(
+        "begin does not count the account as polling",
+        "begin",
+        "  count_as(alias, a.institution, a.counted, 'polling')\n",
+        "",
+        lambda world: counts.test_an_account_is_counted_in_each_state_of_a_poll(_two(world)),
+    ),
+    Fault(
+        "pause is not counted",
+        "pause",
+        "  recount(alias)\n",
+        "",
+        lambda world: counts.test_a_block_counts_every_account_of_its_login_and_a_pause_lies_over_it(world.client),
+    ),
+    Fault(
+        "a block is counted for one account only",
+        "suspend",
+        "    recount_login(login)\n",
+        "",
+        lambda world: counts.test_a_block_counts_every_account_of_its_login_and_a_pause_lies_over_it(world.client),
+    ),
+    Fault(
+        "unblock leaves the accounts counted as blocked",
+        "unblock",
+        "recount_login(login)\n",
+        "",
+        lambda world: counts.test_a_block_counts_every_account_of_its_login_and_a_pause_lies_over_it(world.client),
+    ),
+    Fault(
+        "a retired account is still counted",
+        "apply",
+        "  take_off(alias, a.login)\n  recount(alias)\n",
+        "  take_off(alias, a.login)\n",
+        lambda world: counts.test_what_is_retired_is_not_counted_and_what_moves_is_counted_where_it_is(world.client),
+    ),
+    Fault(
+        "postpone counts the end of a stale token",
+        "postpone",
+        "if postponed then\n",
+        "count_end(alias, a.begun_at, ARGV[11])\nif postponed then\n",
+        lambda world: counts.test_an_attempts_end_is_counted_once_however_often_it_is_told(_two(world)),
+        found=False,
+    ),
+    Fault(
+        "settle counts a late answer as an end",
+        "settle",
+        "elseif defined then\n",
+        "elseif defined then\n  count_end(alias, a.begun_at, 'ok|none|ok')\n",
+        lambda world: counts.test_a_late_answer_is_no_second_end(_two(world)),
+        found=False,
+    ),
+    Fault(
+        "an account that is not polled counts as old",
+        "shared",
+        "  if as_of and POLLED[seen] then\n",
+        "  if as_of then\n",
+        lambda world: counts.test_only_what_is_being_polled_can_be_old(
+            _two(world), lambda w: w.timetable.pause("a"), lambda w: w.timetable.resume("a")
+        ),
+    ),
+    Fault(
+        "a callback is awaited although it has come",
+        "receive",
+        "  recount(c.alias)\n",
+        "",
+        lambda world: counts.test_a_callback_is_awaited_until_it_comes_and_unsettled_until_it_is_settled(world.client),
+    ),
+    Fault(
+        "what is awaited grows old by a jump of the clock",
+        "hold",
+        "for _, key in ipairs({ 'awaiting', 'received', 'begins' }) do move_all(key) end\n",
+        "",
+        lambda world: counts.test_what_is_awaited_does_not_grow_old_by_a_jump_of_the_clock(world.client),
+        found=False,
+    ),
+    Fault(
+        "forget leaves the answer counted as unsettled",
+        "forget",
+        "  redis.call('ZREM', 'received', id)\n",
+        "",
+        lambda world: counts.test_a_callback_is_awaited_until_it_comes_and_unsettled_until_it_is_settled(world.client),
+    ),
 ]
 
 #: Found by the machine within a second, so that the normal run shows that it can fail.
@@ -663,6 +761,11 @@ QUICKLY_FOUND = {
     "resume shortens a wait",
     "place does not respect the holder",
 }
+
+
+def _two(world: World) -> World:
+    world.apply(read("a", "b"))
+    return world
 
 
 def _stays_parked(world: World) -> None:

@@ -19,7 +19,7 @@ from uuid import uuid4
 import pytest
 import redis
 from servers import ValkeyServer, wait_until
-from world import STREAM, World, read
+from world import OUTCOMES, STREAM, World, read
 
 from worker import reader as reader_module
 from worker import timetable
@@ -521,7 +521,7 @@ def test_latest_needs_no_group_and_no_replay(world: World, make) -> None:
 def test_latest_is_never_overwritten_by_an_older_answer(world: World, make) -> None:
     reader = make()
     old = world.start("a")
-    world.timetable.postpone(old.token, 0, old.counters, "E201")
+    world.timetable.postpone(old.token, 0, old.counters, OUTCOMES["postpone"])
     world.claim()
     new = world.begin(world.token("a"))
     assert (new.token.poll, new.token.attempt) == (old.token.poll, 2)

@@ -19,7 +19,7 @@ from world import BANK, LEASE_MS, MINUTE_MS, OUTCOMES, STREAM, Entry, World, rea
 from worker import timetable as module
 from worker.accounts import Accounts
 from worker.celery import settling_template
-from worker.errors import Refused, StoreUnavailable
+from worker.errors import Kind, Outcome, Refused, StoreUnavailable
 from worker.policy import Counters, Credential, DeadLetterQueue
 from worker.store import LOOPBACK, free_port
 from worker.timetable import (
@@ -1274,7 +1274,7 @@ def test_a_retry_keeps_its_poll_and_raises_the_attempt(world: World) -> None:
 def test_counters_go_with_the_account_until_a_balance_comes(world: World) -> None:
     two(world)
     token = world.start("a").token
-    world.timetable.postpone(token, 0, Counters(0, 2, 1, 1), "HTTP_504")
+    world.timetable.postpone(token, 0, Counters(0, 2, 1, 1), Outcome(Kind.SERVER_ERROR, "HTTP_504"))
     world.claim()
     begun = world.begin(world.token("a"))
     assert begun.counters == Counters(0, 2, 1, 2, "HTTP_504")
@@ -1289,7 +1289,7 @@ def test_counters_go_with_the_account_until_a_balance_comes(world: World) -> Non
 def test_what_comes_back_comes_back_without_its_counters(world: World, way: str) -> None:
     world.apply(pair())
     token = world.start("a").token
-    world.timetable.postpone(token, 0, Counters(1, 2, 2, 1), "HTTP_504")
+    world.timetable.postpone(token, 0, Counters(1, 2, 2, 1), Outcome(Kind.SERVER_ERROR, "HTTP_504"))
     world.claim()
     token = world.begin(world.token("a")).token
     ways: dict[str, Callable[[], object]] = {

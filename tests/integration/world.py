@@ -114,7 +114,8 @@ def answer(begun: Begun, amount: str, operation: str | None, ids: tuple[str, ...
     said = Answer(operation or str(uuid4()), balances)
     poll = max(begun.token.poll, 0)  # the one before the first is none that could be published
     data = {**observed(begun.definition, poll, said, fetched_at_ms), "account": begun.token.account}
-    return Event(said.operation_id, source_of(begun.definition), data, f"fp {amount}", ids, fetched_at_ms)
+    as_of_ms = int(as_of.timestamp() * 1000) if ids else None
+    return Event(said.operation_id, source_of(begun.definition), data, f"fp {amount}", ids, fetched_at_ms, as_of_ms)
 
 
 @dataclass
@@ -204,7 +205,8 @@ class World:
         return self.timetable.settle(begun, answer(begun, amount, operation, ids, self.timetable.now_ms()))
 
     def postpone(self, token: Token, seconds: float = 20) -> Postponed | None:
-        return self.timetable.postpone(token, int(seconds * 1000), Counters(1, 0, 0, token.attempt), "E201")
+        counters = Counters(1, 0, 0, token.attempt)
+        return self.timetable.postpone(token, int(seconds * 1000), counters, OUTCOMES["postpone"])
 
     def suspend(self, token: Token) -> object:
         return self.timetable.suspend(token, DeadLetterQueue.DO_NOT_RETRY, OUTCOMES["suspend"])
@@ -273,6 +275,7 @@ class World:
         for alias in everything.revisions:
             everything.check_account(alias)
         everything.check_letters()
+        everything.check_counts()
         return everything
 
 
@@ -294,6 +297,7 @@ class Everything:
     logins: dict[str, dict[str, str]]
     due: dict[str, dict[str, float]]
     accounts: dict[str, dict[str, str]]
+    counted: Counted
 
     @classmethod
     def read(cls, client: redis.Redis) -> Everything:
@@ -332,6 +336,7 @@ class Everything:
             logins=dict(zip(names, of_logins[::2], strict=True)),
             due={name: dict(due) for name, due in zip(names, of_logins[1::2], strict=True)},
             accounts=dict(zip(aliases, accounts, strict=True)),
+            counted=Counted.read(client),
         )
 
     def check_place(self, login: str) -> None:
@@ -388,3 +393,65 @@ class Everything:
         assert sorted(kept) == sorted(held)
         for login, state in self.logins.items():
             assert ("letter" in state) == ("blocked" in state), (login, state)
+
+    def check_counts(self) -> None:
+        """What the scripts count is what somebody finds who looks at everything."""
+        states: dict[str, set[str]] = {}
+        as_of: dict[str, dict[str, float]] = {}
+        for alias, account in self.accounts.items():
+            seen, institution = self.seen(account), account["institution"]
+            states.setdefault(f"state:{institution}:{seen}", set()).add(alias)
+            if "as_of" in account and seen in POLLED:
+                as_of.setdefault(f"as_of:{institution}", {})[alias] = float(account["as_of"])
+        assert self.counted.states == states
+        assert self.counted.as_of == as_of
+        assert self.counted.awaiting == {
+            alias
+            for alias, account in self.accounts.items()
+            if account["state"] == "awaiting" and "answered" not in account
+        }
+        assert self.counted.received == self.answers.keys()
+        assert self.counted.blocked == {
+            login: state["blocked"] for login, state in self.logins.items() if "blocked" in state
+        }
+
+    def seen(self, account: dict[str, str]) -> str:
+        """The account's state as operators see it."""
+        if "paused" in account:
+            return "paused"
+        return "blocked" if "blocked" in self.logins[account["login"]] else account["state"]
+
+
+#: States, as operators see them, of accounts that are being polled.
+POLLED = {"scheduled", "dispatched", "polling", "awaiting", "waiting"}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the scripts keep for whoever counts."""
+
+    states: dict[str, set[str]]
+    as_of: dict[str, dict[str, float]]
+    awaiting: set[str]
+    received: set[str]
+    blocked: dict[str, str]
+
+    @classmethod
+    def read(cls, client: redis.Redis) -> Counted:
+        names = sorted(client.scan_iter("state:*", 1000)), sorted(client.scan_iter("as_of:*", 1000))
+        pipeline = client.pipeline()
+        for name in names[0]:
+            pipeline.smembers(name)
+        for name in names[1]:
+            pipeline.zrange(name, 0, -1, withscores=True)
+        pipeline.zrange("awaiting", 0, -1)
+        pipeline.zrange("received", 0, -1)
+        pipeline.hgetall("blocked")
+        *found, awaiting, received, blocked = pipeline.execute()
+        return cls(
+            states=dict(zip(names[0], found[: len(names[0])], strict=True)),
+            as_of={name: dict(found) for name, found in zip(names[1], found[len(names[0]) :], strict=True)},
+            awaiting=set(awaiting),
+            received=set(received),
+            blocked=blocked,
+        )

@@ -27,6 +27,7 @@ if not is_begun(a, login, poll, attempt) then
 end
 local due = deadline()
 redis.call('HSET', key, 'state', 'awaiting', 'due', whole(due), 'moved_at', whole(now))
+recount(alias)
 -- Where the answer is there already, the place may be another account's by now.
 if redis.call('HGET', 'login:' .. login, 'holder') == token(alias, poll, attempt) then
   redis.call('HSET', 'login:' .. login, 'until', whole(math.min(now + hold_ms, due)))

@@ -26,8 +26,9 @@ local function forget(alias, generation)
   remove_letter(alias)
   redis.call('PEXPIRE', 'pins:' .. alias .. ':' .. generation, whole(config_ms('retention_ms') or 30 * DAY_MS))
   redis.call('HDEL', 'latest', alias)
+  redis.call('ZREM', 'as_of:' .. redis.call('HGET', 'account:' .. alias, 'institution'), alias)
   redis.call('HDEL', 'account:' .. alias, 'latest_poll', 'latest_attempt', 'latest_fingerprint', 'last_ok',
-    'last_outcome')
+    'last_outcome', 'as_of')
 end
 
 local function start(alias, a, d)
@@ -51,7 +52,8 @@ local function set(d)
   end
   redis.call('HSET', key, 'definition', d.definition, 'revision', d.revision, 'identity', d.identity, 'schedule',
     d.schedule, 'slot', d.slot, 'interval', d.interval, 'login', d.login, 'institution', d.institution,
-    'source', d.source)
+    'source', d.source, 'mode', cjson.decode(d.definition).mode)
+  redis.call('SADD', 'institutions', d.institution)
   redis.call('HSET', 'revisions', d.alias, d.revision)
   redis.call('SADD', 'aliases:' .. d.login, d.alias)
   redis.call('SADD', 'logins', d.login)
@@ -74,6 +76,7 @@ local function retire(alias)
   redis.call('HDEL', 'revisions', alias)
   forget(alias, a.generation)
   take_off(alias, a.login)
+  recount(alias)
   changed = changed + 1
 end
 

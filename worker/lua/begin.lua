@@ -1,6 +1,6 @@
 -- Begins a poll, once per token: called by a worker that holds its message.
 --
--- ARGV  1 login  2 alias  3 poll  4 attempt  5 caller (one delivery of the message; may repeat its call)
+-- ARGV  1 login  2 alias  3 poll  4 attempt  5 caller: "worker id", one delivery of the message; may repeat its call
 --       6 scheme that its credentials were chosen for
 --       7 fingerprint of its bank credential  8 fingerprint of its key or token ('' for none, "missing" for one it lacks)
 --       9 digest of the callback token it would send ('' where it cannot be called back)
@@ -15,7 +15,7 @@ local fingerprints = { bank = ARGV[7], key = ARGV[8] }
 local key, login_key = 'account:' .. alias, 'login:' .. login
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'caller', 'generation', 'definition', 'tries', 'waits',
-  'losses', 'last_outcome')
+  'losses', 'last_outcome', 'institution', 'mode', 'counted')
 
 local function begun()
   local c = fields('config', 'retry', 'limits')
@@ -39,6 +39,13 @@ local function refuse(kind)
   redis.call('HSET', login_key, 'refused_by', caller, 'until', whole(now + config_ms('lease_margin_ms')))
   place(login)
   return { 'refused', kind, times }
+end
+
+local function count_begun()
+  count_as(alias, a.institution, a.counted, 'polling')
+  redis.call('HINCRBY', 'attempts', a.institution .. '|' .. (a.mode or 'sync'), 1)
+  local worker = string.match(caller, '^(%S+) ')
+  if worker then redis.call('ZADD', 'begins', whole(now), worker) end
 end
 
 local l = fields(login_key, 'blocked', 'holder', 'begun', 'scheme')
@@ -67,5 +74,6 @@ redis.call('HSET', login_key, 'begun', 1, 'bank', fingerprints.bank, 'key', fing
 redis.call('HDEL', login_key, 'refusals', 'refused_by')
 expect_callback(ARGV[9])
 unwatch(alias)
+count_begun()
 place(login)
 return begun()

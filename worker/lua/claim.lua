@@ -38,6 +38,28 @@ local function hold(login, held)
   redis.call('HSET', 'login:' .. login, 'holder', held, 'until', whole(now + margin_ms))
 end
 
+-- What recount() would do for each account, once for all of a claim: this is where ten thousands a second go through.
+local left, joined = {}, {}
+
+local function note(sets, set, alias)
+  local aliases = sets[set]
+  if aliases then aliases[#aliases + 1] = alias else sets[set] = { alias } end
+end
+
+-- Notes that the account leaves the set that it was in for the one returned.
+local function move_to_dispatched(alias, account)
+  local set = 'state:' .. account.institution .. ':dispatched'
+  if account.counted then note(left, account.counted, alias) end
+  note(joined, set, alias)
+  return set
+end
+
+local function for_each_set(command, sets)
+  for set, aliases in pairs(sets) do
+    for i = 1, #aliases, 1000 do redis.call(command, set, unpack(aliases, i, math.min(i + 999, #aliases))) end
+  end
+end
+
 local function dispatch(login, alias, account, probing)
   local poll, attempt = account.poll, whole(account.attempt + 1)
   if account.state == 'scheduled' then
@@ -46,7 +68,7 @@ local function dispatch(login, alias, account, probing)
   end
   if probing then redis.call('HSET', 'login:' .. login, 'probe', alias) end
   redis.call('HSET', 'account:' .. alias, 'state', 'dispatched', 'poll', poll, 'attempt', attempt,
-    'moved_at', whole(now))
+    'moved_at', whole(now), 'counted', move_to_dispatched(alias, account))
   redis.call('HDEL', 'account:' .. alias, 'answered', 'callback')
   redis.call('ZREM', 'due:' .. login, alias)
   hold(login, token(alias, poll, attempt))
@@ -85,7 +107,8 @@ end
 local function serve_next(login, probing, probe)
   local alias, due = next_account(login, probing, probe)
   if not alias or tonumber(due) > now then return end
-  local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses')
+  local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses', 'institution',
+    'counted')
   if a.state == 'awaiting' then
     return_lapsed(login, alias, a)
   elseif room > 0 then
@@ -133,6 +156,8 @@ local held_ms = hold_left()
 if held_ms > 0 then return { 0, 0, held_ms, lapsed, clock, jumped } end
 
 serve_due()
+for_each_set('SREM', left)
+for_each_set('SADD', joined)
 for i = 1, #messages, 1000 do
   redis.call('LPUSH', QUEUE, unpack(messages, i, math.min(i + 999, #messages)))
 end

@@ -14,5 +14,6 @@ end
 if left == 0 then
   redis.call('DEL', key)
   redis.call('ZREM', 'answers', id)
+  redis.call('ZREM', 'received', id)
 end
 return { left }

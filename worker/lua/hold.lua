@@ -56,6 +56,8 @@ if (redis.call('HGET', 'config', 'jumped') or '0') ~= known then return { 'known
 for _, login in ipairs(redis.call('SMEMBERS', 'logins')) do move(login) end
 -- Those that live say so again within seconds.
 move_all('workers')
+-- What is counted by its age keeps its age.
+for _, key in ipairs({ 'awaiting', 'received', 'begins' }) do move_all(key) end
 redis.call('HSET', 'config', 'jumped', whole(known + jump), 'hold_until', whole(now + lease_ms),
   'trim_from', whole(now + config_ms('retention_ms')))
 count('clock jump')

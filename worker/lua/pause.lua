@@ -15,6 +15,7 @@ if not a.paused then
   void(alias, a.login)
   unwatch(alias)
   redis.call('ZREM', 'due:' .. a.login, alias)
+  recount(alias)
   place(a.login)
 end
 return { 'paused' }

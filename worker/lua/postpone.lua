@@ -2,6 +2,7 @@
 --
 -- ARGV  1 login  2 alias  3 poll  4 attempt  5 countdown (ms)  6 tries  7 waits  8 losses  9 code
 --       10 "answer" where a callback's answer is what failed: once one is there, no deadline applies any more
+--       11 what the end is counted as
 -- Returns { "postponed", due } — also when the same token repeats its call — or { "stale" }
 
 local login, alias, poll, attempt, countdown_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
@@ -16,6 +17,7 @@ end
 if postponed then
   redis.call('HSET', key, 'tries', ARGV[6], 'waits', ARGV[7], 'losses', ARGV[8], 'last_outcome', ARGV[9])
   remember_end(alias, poll, attempt, a.begun_at, ARGV[9])
+  count_end(alias, a.begun_at, ARGV[11])
   step(alias, login, 'waiting', now + countdown_ms)
 else
   count('stale postpone')

@@ -20,6 +20,7 @@ local function store()
     'bank', c.bank, 'key', c.key, 'content_type', content_type, 'body:' .. hash, body)
   redis.call('HSETNX', 'answer:' .. id, 'received_at', whole(now))
   redis.call('ZADD', 'answers', whole(now + pause_ms), id)
+  redis.call('ZADD', 'received', 'NX', whole(now), id)
   push_settling(template, c.login, c.alias, c.poll, c.attempt)
 end
 
@@ -29,6 +30,7 @@ local function void_deadline()
   if not is_begun(a, c.login, c.poll, c.attempt) then return end
   redis.call('HSET', 'account:' .. c.alias, 'answered', 1)
   redis.call('ZREM', 'due:' .. c.login, c.alias)
+  recount(c.alias)
   place(c.login)
 end
 
@@ -41,5 +43,10 @@ local function receive()
   return 'stored'
 end
 
-if not c.alias then return { 'unknown' } end
-return { receive(), c.alias, c.poll }
+if not c.alias then
+  count('callback unknown')
+  return { 'unknown' }
+end
+local result = receive()
+count('callback ' .. result)
+return { result, c.alias, c.poll }

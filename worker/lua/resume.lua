@@ -12,5 +12,6 @@ redis.call('HDEL', key, 'paused')
 local holder = redis.call('HGET', 'login:' .. a.login, 'holder')
 local is_left = a.state == 'awaiting' and not a.answered and holder ~= token(alias, a.poll, a.attempt)
 if a.state == 'scheduled' or a.state == 'waiting' or is_left then step(alias, a.login, a.state, tonumber(a.due)) end
+recount(alias)
 place(a.login)
 return { 'resumed' }

@@ -4,7 +4,8 @@
 --       7 operation id  8 source  9 fetched_at (ms)
 --       10 data: the event's JSON object, left open: no "}" and neither `late` nor `changed`
 --       11 fingerprint of the balances  12 next slot (ms)  13 revision that slot was computed for
---       14 interval that begins with it (ms)  15 … the AccountIds of the answer
+--       14 interval that begins with it (ms)  15 newest moment that the bank gives (ms, '' for none)
+--       16 "drift" where the answer has unknown fields  17 … the AccountIds of the answer
 -- Returns { "published" | "late" | "repeated", "true" | "false" (changed) }
 --      or { "foreign" }: another account's AccountId or operation; nothing was published and nothing changed
 --
@@ -14,11 +15,11 @@
 local stream, login, alias, poll, attempt, generation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local operation, source, fetched_at, data, fingerprint = ARGV[7], ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11]
 local next_slot, revision, interval = tonumber(ARGV[12]), ARGV[13], ARGV[14]
-local ids_from = 15
+local as_of, drift, ids_from = ARGV[15], ARGV[16], 17
 local key, pins = 'account:' .. alias, 'pins:' .. alias .. ':' .. generation
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'generation', 'revision', 'slot', 'latest_poll',
-  'latest_attempt', 'latest_fingerprint', 'begun_at', 'overdue')
+  'latest_attempt', 'latest_fingerprint', 'begun_at', 'overdue', 'institution')
 local defined = a.state ~= 'retired' and a.generation == generation
 local current = defined and is_begun(a, login, poll, attempt)
 
@@ -51,6 +52,12 @@ end
 local function remember(text)
   redis.call('HSET', key, 'latest_poll', poll, 'latest_attempt', attempt, 'latest_fingerprint', fingerprint)
   redis.call('HSET', 'latest', alias, text)
+  if as_of ~= '' then redis.call('HSET', key, 'as_of', as_of) end
+end
+
+local function count_answer(result)
+  count('answer ' .. result)
+  if drift == 'drift' then count('drift field') end
 end
 
 local function publish_once()
@@ -74,16 +81,24 @@ local function schedule_next()
     redis.call('HSET', key, 'interval', interval)
   end
   redis.call('HSET', key, 'last_ok', whole(fetched_at), 'last_outcome', 'ok')
+  redis.call('HSET', 'last_ok', a.institution, whole(fetched_at))
   start_over(alias, login, due)
   redis.call('HDEL', 'login:' .. login, 'probing', 'probe')
   if a.overdue then publish_account(stream, alias, 'account.resumed.v1', { by = 'answer' }) end
 end
 
-if is_foreign() then return { 'foreign' } end
+if is_foreign() then
+  count_answer('foreign')
+  return { 'foreign' }
+end
 local result, changed = publish_once()
+count_answer(result)
 if current then
   remember_end(alias, poll, attempt, a.begun_at, 'ok')
+  count_end(alias, a.begun_at, 'ok|none|ok')
   schedule_next()
+elseif defined then
+  recount(alias)
 end
 if not is_dispatched(a, login, poll, attempt) then free(login, held) end
 place(login)

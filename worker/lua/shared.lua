@@ -14,7 +14,8 @@
 --                        caller, begun_at, first_at, releases (how many there had been when it began),
 --                        callback (digest), answered · tries, waits, losses · last_ok, last_outcome, last_at ·
 --                        queue, letter, code, type, description, suspended_at · latest_poll, latest_attempt,
---                        latest_fingerprint
+--                        latest_fingerprint · mode · as_of (ms, the bank's own moment of the newest balance) ·
+--                        counted (the set state:… that it is in)
 --   aliases:<login>      set: the login's accounts          logins   set: every login ever defined
 --   revisions            hash: alias → revision of every account defined now
 --   callback:<digest>    hash: login, alias, poll, attempt, generation, definition, bank, key · bodies, seen,
@@ -37,6 +38,19 @@
 --                        the clock together), hold_until, trim_from (ms)
 --   contents             sorted set: digests applied
 --   workers              sorted set: "host threads" → until when it is alive (ms, real time); 0 threads: takes no polls
+--   begins               sorted set: worker → when it last began a poll (ms)
+--   institutions         set: every institution ever defined
+--   state:<institution>:<state>   set: its accounts that operators see in this state, `paused` and `blocked` over all
+--   as_of:<institution>  sorted set: alias → as_of, for its accounts that are being polled
+--   last_ok              hash: institution → when an account of it was last polled with success (ms)
+--   awaiting             sorted set: alias whose callback is awaited → since when (ms)
+--   received             sorted set: token of an answer that is not settled → when it came (ms)
+--   blocked              hash: login → kind, of every blocked login
+--   attempts             hash: "institution|mode" → attempts begun
+--   polls                hash: "institution|mode|outcome|type|code" → attempts ended
+--   durations            hash: "institution|mode|bucket" (its upper bound in s, or "more") → attempts ended,
+--                        "institution|mode|sum" → their time (ms)
+--   token_expires        sorted set: login → when its token ends (s)
 --   counts               hash: things that happened, counted
 --   clock:offset         string: ms that tests move the one clock by
 
@@ -158,6 +172,76 @@ local function free(login, held)
   end
 end
 
+----------------------------------------------------------------------------------------------- what operators count
+
+-- Moves the account among those that operators see as `seen`; nil takes it out of all.
+local function count_as(alias, institution, counted, seen)
+  local set = seen and 'state:' .. institution .. ':' .. seen
+  if set == counted then return end
+  if counted then redis.call('SREM', counted, alias) end
+  if set then
+    redis.call('SADD', set, alias)
+    redis.call('HSET', 'account:' .. alias, 'counted', set)
+  else
+    redis.call('HDEL', 'account:' .. alias, 'counted')
+  end
+end
+
+local POLLED = { scheduled = true, dispatched = true, polling = true, awaiting = true, waiting = true }
+
+-- Only what is being polled can be blamed for being old.
+local function rank(alias, institution, seen, as_of)
+  if as_of and POLLED[seen] then
+    redis.call('ZADD', 'as_of:' .. institution, as_of, alias)
+  else
+    redis.call('ZREM', 'as_of:' .. institution, alias)
+  end
+end
+
+-- What operators see of an account: a pause lies over a block, and that over the state; nil: it is no longer defined.
+local function seen_as(a)
+  if a.state == 'retired' then return nil end
+  if a.paused then return 'paused' end
+  return redis.call('HEXISTS', 'login:' .. a.login, 'blocked') == 1 and 'blocked' or a.state
+end
+
+-- Keeps all that is counted of the account in step with it: called wherever its state or what lies over it changed.
+local function recount(alias)
+  local a = fields('account:' .. alias, 'state', 'paused', 'login', 'institution', 'counted', 'answered', 'as_of')
+  local seen = seen_as(a)
+  count_as(alias, a.institution, a.counted, seen)
+  rank(alias, a.institution, seen, a.as_of)
+  if a.state == 'awaiting' and not a.answered then
+    redis.call('ZADD', 'awaiting', 'NX', whole(now), alias)
+  else
+    redis.call('ZREM', 'awaiting', alias)
+  end
+end
+
+local function recount_login(login)
+  for _, alias in ipairs(redis.call('SMEMBERS', 'aliases:' .. login)) do recount(alias) end
+end
+
+-- Upper bounds in seconds: a sync answer takes 24 to 190, a callback minutes to hours.
+local BUCKETS = { 1, 2.5, 5, 10, 20, 30, 45, 60, 90, 120, 150, 190, 300, 600, 1800, 3600, 14400, 86400 }
+
+local function bucket_of(ms)
+  for _, bound in ipairs(BUCKETS) do
+    if ms <= bound * 1000 then return tostring(bound) end
+  end
+  return 'more'
+end
+
+-- Counts an attempt's end, once: `class` is "outcome|type|code", of which there is a bounded number.
+local function count_end(alias, begun_at, class)
+  local a = fields('account:' .. alias, 'institution', 'mode')
+  local whose = a.institution .. '|' .. (a.mode or 'sync') .. '|'
+  local ms = math.max(0, now - (tonumber(begun_at) or now))
+  redis.call('HINCRBY', 'polls', whose .. class, 1)
+  redis.call('HINCRBY', 'durations', whose .. bucket_of(ms), 1)
+  redis.call('HINCRBY', 'durations', whose .. 'sum', whole(ms))
+end
+
 ----------------------------------------------------------------------------------------------- the account's step
 
 local BEGUN = { polling = true, awaiting = true }
@@ -201,6 +285,7 @@ local function step(alias, login, state, due)
   if redis.call('HEXISTS', 'account:' .. alias, 'paused') == 0 then
     redis.call('ZADD', 'due:' .. login, whole(due), alias)
   end
+  recount(alias)
 end
 
 -- A new poll, no memory of what went before.

@@ -5,6 +5,7 @@
 --       11 short wait (ms), where a notification or a new credential has overtaken the failure
 --       12 which credential ("bank" | "key")  13 its fingerprint ('' for none)  14 "refused" if no host has another
 --       15 "answer" where a callback's answer is what failed: once one is there, no deadline applies any more
+--       16 what the end is counted as
 -- Returns { "suspended" } or { "parked" }: the account alone; also when the same token repeats its call
 --      or { "blocked" }: the whole login, whatever the token says (rule 4)
 --      or { "postponed", due }: overtaken; the account waits shortly; also when the same token repeats its call
@@ -62,6 +63,7 @@ local function suspend_account()
   redis.call('HSET', key, 'state', mode, 'queue', queue, 'last_outcome', code, 'suspended_at', whole(now))
   redis.call('ZREM', 'due:' .. login, alias)
   if mode == 'parked' then redis.call('SADD', 'parked', alias) end
+  recount(alias)
   publish_account(stream, alias, 'account.suspended.v1', { state = mode, code = code, queue = queue })
   return { mode }
 end
@@ -110,6 +112,7 @@ local function write_block()
   if l.letter then redis.call('LREM', queue, 1, l.letter) end
   explain(login_key, aliases_of_login())
   redis.call('HSET', login_key, 'blocked', kind, 'fingerprint', fingerprint, 'blocked_at', whole(now))
+  redis.call('HSET', 'blocked', login, kind)
   redis.call('HDEL', login_key, 'probing', 'probe')
 end
 
@@ -121,6 +124,7 @@ local function block_login()
   if not l.blocked then
     void_holder()
     tell_accounts()
+    recount_login(login)
   end
   return { 'blocked' }
 end
@@ -141,7 +145,10 @@ end
 
 --------------------------------------------------------------------------------------------------
 
-if begun then remember_end(alias, poll, attempt, a.begun_at, code) end
+if begun then
+  remember_end(alias, poll, attempt, a.begun_at, code)
+  count_end(alias, a.begun_at, ARGV[16])
+end
 local result = mode == 'blocked' and block() or suspend_account()
 if result[1] == 'blocked' or not dispatched then free(login, held) end
 place(login)

@@ -44,7 +44,9 @@ if by == 'operator' then forgive() else redis.call('HSET', key, by, fingerprint)
 if l.letter then redis.call('LREM', 'balances.dead.do-not-retry', 1, l.letter) end
 redis.call('HDEL', key, 'blocked', 'fingerprint', 'blocked_at', 'manual', 'letter', 'code', 'type', 'description',
   'failed_bank', 'failed_key')
+redis.call('HDEL', 'blocked', login)
 redis.call('HSET', key, 'probing', 1)
+recount_login(login)
 tell_accounts()
 place(login)
 return { 'unblocked' }
