@@ -76,6 +76,7 @@ def wiring() -> Wiring:
         letter=letter_template(),
         settling=settling_template(),
     )
+    timetable.check_version()
     credentials = CredentialStore(os.environ, settings.secrets_dir)
     khipu = KhipuClient(settings.khipu_url)
     return Wiring(settings, timetable, khipu, AccessTokens(khipu), credentials, timetable.salt(), is_durable)

@@ -33,10 +33,11 @@
 --   failures:<login>     sorted set: fingerprint of a bank credential → when it failed (ms)
 --   releases             string: how many releases there were; orders them, whatever the clock does
 --   released:<scope>     string: number of that scope's last release
---   config               hash: retry, limits (JSON), *_ms, content, serial · claimed_at, looked (logins that the last
+--   config               hash: version (of all this), retry, limits (JSON), *_ms, content, serial · claimed_at, looked (logins that the last
 --                        claim had passed over, where more were due than it looked at) · jumped (ms, of all jumps of
 --                        the clock together), hold_until, trim_from (ms)
 --   contents             sorted set: digests applied
+--   audit                stream: actor, action, subject, outcome, at (ms), of every order that an operator gave
 --   workers              sorted set: "host threads" → until when it is alive (ms, real time); 0 threads: takes no polls
 --   begins               sorted set: worker → when it last began a poll (ms)
 --   institutions         set: every institution ever defined
@@ -56,6 +57,8 @@
 
 local QUEUE, ANSWERS = 'balances.polls', 'balances.answers'
 local DAY_MS = 86400000
+-- Of all that is described above: another shape of it is another version, with its way there in migrate.lua.
+local STATE_VERSION = '1'
 
 -- The one clock: ms since the epoch, of this server.
 local function real_now()
@@ -380,3 +383,25 @@ local function bring_back(stream, alias, login, due, by)
 end
 
 local NEEDS_LETTER = { suspended = true, parked = true }
+
+----------------------------------------------------------------------------------------------- the audit trail
+
+-- Who asks: the last argument of every script that carries out an order.
+local function take_actor()
+  return table.remove(ARGV)
+end
+
+-- Writes an order down: who, what, on which account or login, and what came of it. Forgotten by age, like the stream.
+local function audit(actor, action, subject, outcome)
+  local who = string.sub(string.gsub(actor, '[^%w%._@ -]', '?'), 1, 80)
+  redis.call('XADD', 'audit', 'MINID', '~', whole(real_now() - (config_ms('retention_ms') or 30 * DAY_MS)), '*',
+    'actor', who, 'action', action, 'subject', subject, 'outcome', outcome, 'at', whole(now))
+end
+
+-- The script's result, once it is written down. A name that nobody knows is not: it may be anything, a number or a key.
+local function recorded(actor, action, subject, result)
+  local is_unknown = result[2] == 'unknown'
+  local outcome = result[1] == 'refused' and 'refused: ' .. result[2] or result[1]
+  audit(actor, action, is_unknown and '?' or subject, outcome)
+  return result
+end
