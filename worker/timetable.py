@@ -277,6 +277,7 @@ class Timetable:
         self._letter = letter
         self._settling = settling
         self._actor = actor
+        self._salt: bytes | None = None
         self._scripts: dict[str, Callable[..., Any]] = {}
 
     def _run(self, script: str, *args: str | int) -> Any:
@@ -593,8 +594,10 @@ class Timetable:
 
     def salt(self) -> bytes:
         """The one salt of all credential fingerprints, made by whoever asks first."""
-        _guard(lambda: self.client.set("salt", secrets.token_hex(16), nx=True))
-        return bytes.fromhex(cast(str, _guard(lambda: self.client.get("salt"))))
+        if self._salt is None:
+            _guard(lambda: self.client.set("salt", secrets.token_hex(16), nx=True))
+            self._salt = bytes.fromhex(cast(str, _guard(lambda: self.client.get("salt"))))
+        return self._salt
 
     # --------------------------------------------------------------------------------------------- webhook
 

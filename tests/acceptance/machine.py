@@ -148,7 +148,7 @@ class Machine:
         clients: Iterable[str] = (),
         own_keys: Iterable[str] = (),
         latency: str | None = None,
-        server: Mapping[str, str | int] | None = None,
+        server: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = directory
         self.accounts = {a.alias: a.placed(index) for index, a in enumerate(accounts, start=1)}
