@@ -33,8 +33,8 @@
 --   failures:<login>     sorted set: fingerprint of a bank credential → when it failed (ms)
 --   releases             string: how many releases there were; orders them, whatever the clock does
 --   released:<scope>     string: number of that scope's last release
---   config               hash: version (of all this), retry, limits (JSON), *_ms, content, serial · claimed_at, looked (logins that the last
---                        claim had passed over, where more were due than it looked at) · jumped (ms, of all jumps of
+--   config               hash: version (of all this), retry, limits (JSON), *_ms, content, serial · claimed_at, looked
+--                        (logins that the last claim had passed over, where more were due than it looked at) · jumped (ms, of all jumps of
 --                        the clock together), hold_until, trim_from (ms)
 --   contents             sorted set: digests applied
 --   audit                stream: actor, action, subject, outcome, at (ms), of every order that an operator gave
