@@ -155,6 +155,11 @@ def test_each_process_does_its_work_with_its_own_rights_alone(machine: Guarded) 
     ):
         machine.done(*command.split())
     machine.done("check")
+    for process in ("beat", "worker", "settler"):
+        url = machine.url("beat" if process == "beat" else "worker")
+        health = machine.start("health", "-m", "worker.health", process, BALANCES_REDIS_URL=url)
+        assert health.ended() == 0, health.text()
+    assert machine.answers(f"http://{LOOPBACK}:{machine.port}/readyz")
     assert_flower_saw_it(machine)
     assert_consumer_reads(machine)
     assert_exporter_answers(machine)

@@ -73,6 +73,8 @@ SYNC: Mapping[str, tuple[str | JsonObject, ...]] = {
     "a000": ("error:A000:RETRY_IMMEDIATELY",),
     "bearer": (OK,),
     "bearer-a000": ("error:A000:DO_NOT_RETRY",),
+    "client": (OK,),
+    "client-refused": ("http:401",),
     **{
         f"http-{status}": (f"http:{status}",) for status in (204, 302, 400, 401, 403, 404, 408, 418, 429, 500, 502, 504)
     },
@@ -168,6 +170,7 @@ REPLIES: Mapping[str, Callable[[Asked], tuple[int, dict[str, str], bytes]]] = {
         f"text-{status}": lambda asked, status=status: (status, {}, asked.text.encode())  # type: ignore[misc]
         for status in (400, 401, 500, 504)
     },
+    "to-a-client": lambda asked: (200, {}, error(Description=asked.text, Type=asked.secrets[1])),
     "error-400": lambda asked: (400, {}, error(Description=asked.text)),
     "headers": lambda asked: (
         429,
@@ -192,7 +195,8 @@ class Mirror(ThreadingHTTPServer):
         self.sandbox_url = sandbox_url
         self.replies: dict[str, str] = {}
         self.callbacks: dict[str, str] = {}
-        self.callback_tokens: list[str] = []
+        #: What nobody knows beforehand: tokens of callbacks, and of clients.
+        self.tokens: list[str] = []
         self.statuses: list[int] = []
 
     @property
@@ -217,7 +221,8 @@ class MirrorHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         asked = Asked(str(self.headers), body)
         if asked.callback_url:
-            self.server.callback_tokens.append(asked.callback_url.rpartition("/")[2])
+            self.server.tokens.append(asked.callback_url.rpartition("/")[2])
+        self.server.tokens += [secret for secret in asked.secrets if secret.startswith("access-")]
         if asked.number in self.server.replies:
             self._send(*REPLIES[self.server.replies[asked.number]](asked))
         elif asked.number in self.server.callbacks:
@@ -300,6 +305,7 @@ WITHOUT_END = {"crashes", "crashes-cb", "vanishes"}
 #: Logins whose key fails: were it everybody's, it would block them all.
 OWN_KEYS = {"a000", "http-401", "http-403", "echo-text-401"}
 BEARER = ("bearer", "bearer-a000")
+CLIENTS = ("client", "client-refused", "echo-to-a-client")
 
 
 class Leaky(Machine):
@@ -313,6 +319,7 @@ class Leaky(Machine):
             retry={"max_waits": 1, "wait": "2s"},
             limits={"callback_grace": "1s", "login_hold": "2s", "life_span": "2s", "request_deadline": "4s"},
             bearer=BEARER,
+            clients=CLIENTS,
             server={"requirepass": REDIS_PASSWORD},
         )
 
@@ -362,6 +369,8 @@ class Leaky(Machine):
         for login in self.logins:
             if login in BEARER:
                 found[secret_variable(login, "TOKEN")] = f"token-canary.{login}.signature"
+            elif login in CLIENTS:
+                found[secret_variable(login, "CLIENT_ID")] = f"client-id-canary-{login}"
             elif login != "vanishes":
                 found[secret_variable(login, "ACCOUNT_CREDENTIAL")] = json.dumps(log_on(login))
             if login in OWN_KEYS:
@@ -613,9 +622,10 @@ def test_nothing_that_anybody_can_read_has_a_secret_a_number_or_an_amount_but_wh
         *machine.logs(),
     ]
     assert set(machine.mirror.statuses) >= {200, 400}, "callbacks came, and garbage was refused"
-    tokens = machine.mirror.callback_tokens
+    tokens = machine.mirror.tokens
     assert len(tokens) > len(ECHOES)
-    canaries = {**CANARIES, **{f"callback token {number}": token for number, token in enumerate(tokens)}}
+    assert {"access-"} < {token[:7] for token in tokens}
+    canaries = {**CANARIES, **{f"token {number}": token for number, token in enumerate(tokens)}}
     assert leaks_in(places, canaries) == {}
     found = {place.name.split()[1] for place in places if place.name.startswith("Redis ") and AMOUNT in str(place.text)}
     assert found == {"balances", "latest"}, "what may be somewhere is found there: the search works"
