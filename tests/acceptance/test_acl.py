@@ -206,7 +206,7 @@ REFUSED: Mapping[str, Sequence[str]] = {
         "HGETALL latest",
         "HGETALL callback:1",
         "DEL balances",
-        "XTRIM audit MAXLEN 0",
+        "XDEL audit 1-1",
         "PUBLISH /0.celery.pidbox x",
         "eval return redis.call('GET', 'salt')",
     ),
