@@ -35,3 +35,11 @@ test: lint
 .PHONY: torture
 torture: setup
 	$(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1) $(if $(REPORT),--report $(REPORT))
+
+# Not part of `test`, which needs no network: asks PyPI for known vulnerabilities of every locked version. `--strict`: a
+# package that the source does not know counts as a failure, or an index without advisories would pass for a clean one.
+.PHONY: audit
+audit:
+	@set -e; at=$$(mktemp -d); trap 'rm -rf "$$at"' EXIT; $(PYTHON) -m venv "$$at"; \
+	"$$at/bin/python" -m pip install --quiet --disable-pip-version-check --no-input pip-audit; \
+	"$$at/bin/pip-audit" --strict --disable-pip --require-hashes --progress-spinner off -r requirements.lock

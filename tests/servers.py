@@ -47,22 +47,28 @@ class ValkeyServer:
     """A server on a port of its own, which stays the same when it is killed and started again.
 
     Keeps nothing unless told so: `ValkeyServer(tmp_path, appendonly="yes")`. Options are those of valkey.conf, with
-    `_` for `-`. Dies with the tests.
+    `_` for `-`; `login` is the "user:password" of `url`, where the server has users. Dies with the tests.
 
     What was published on it is held against its schema: at the end of a `with` that did not fail, and before a kill
     that would lose it.
     """
 
-    def __init__(self, directory: Path, **options: str | int) -> None:
+    def __init__(self, directory: Path, *, login: str = "", **options: str | int) -> None:
         self.directory = directory
+        self.login = login
         self.port = free_port()
         self.options: dict[str, str | int] = {"appendonly": "no", "save": "", "bind": LOOPBACK, **options}
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
+        return self.url_of(self.login)
+
+    def url_of(self, login: str) -> str:
+        """The address as "user:password" has it; without one, as the server's only password, or none, does."""
         password = self.options.get("requirepass")
-        return f"redis://{f':{password}@' if password else ''}{LOOPBACK}:{self.port}/0"
+        login = login or (f":{password}" if password else "")
+        return f"redis://{f'{login}@' if login else ''}{LOOPBACK}:{self.port}/0"
 
     @property
     def pid(self) -> int:

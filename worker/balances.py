@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from typing import Annotated, Literal, NoReturn, TypeVar
+from urllib.parse import quote, quote_plus
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 from pydantic.alias_generators import to_pascal
@@ -42,6 +45,14 @@ TYPE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FIELD_NAME = re.compile(r"(?!.*\d{4})[A-Za-z_][A-Za-z0-9_]{0,39}")
 #: Account numbers, RUTs, cards and sums, however they are grouped: 4 digits or more with little between them.
 LONG_NUMBER = re.compile(r"\d(?:[\W_]{0,2}\d){3,}")
+#: More digits than any code or type has: an amount or a number in their place.
+MANY_DIGITS = re.compile(r"(?:\D*\d){6}")
+#: The secret part of a callback's URL. Who settles a callback knows its digest only, so it is known by its form …
+CALLBACK_TOKEN = re.compile(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])")
+#: … and in free text, however it is encoded, by its length: no word is as long.
+LONG_RUN = re.compile(r"[A-Za-z0-9_%=-]{43,}")
+#: Characters from which on a secret is looked for in other forms too, and in identifiers: shorter ones are in many.
+TELLING_LENGTH = 8
 CHARSET = re.compile(r"charset\s*=\s*[\"']?([^\s;\"']+)", re.IGNORECASE)
 
 
@@ -117,10 +128,10 @@ def read_answer(body: bytes, content_type: str | None = None, *, hide: Collectio
     elements = (envelope.data and envelope.data.balance) or ()
     information = envelope.additional_information
     return Answer(
-        operation_id=envelope.operation_id,
+        operation_id=_masked_id(envelope.operation_id, hide),
         balances=tuple(element.named() for element in elements),
         additional_information=None if information is None else _hidden(_storable(information), hide),
-        drift=_drift(envelope.unknown()),
+        drift=_drift(envelope.unknown(), hide),
     )
 
 
@@ -135,7 +146,7 @@ def read_accepted(body: bytes, content_type: str | None = None, *, hide: Collect
             drift.append("LifeSpan")
     if receipt.data:
         drift.append("Data")
-    return Accepted(receipt.operation_id, life_span, _drift(drift))
+    return Accepted(_masked_id(receipt.operation_id, hide), life_span, _drift(drift, hide))
 
 
 def read_error(body: bytes, content_type: str | None = None, *, hide: Collection[str] = ()) -> Outcome | None:
@@ -162,7 +173,7 @@ class _NotStrict(ValueError):
 
 def _ok(body: bytes, content_type: str | None, hide: Collection[str]) -> dict[str, object]:
     """The envelope, once it is sure that it is no failure."""
-    envelope = _parsed(body, content_type)
+    envelope = _parsed(body, content_type, hide)
     status, error = envelope.get("Status"), envelope.get("Error")
     # An Error that says something is a failure whatever Status says: a refused log-on must not pass for anything else.
     if status == "ERROR" or (isinstance(error, dict) and any(error.values())):
@@ -172,7 +183,7 @@ def _ok(body: bytes, content_type: str | None, hide: Collection[str]) -> dict[st
     return envelope
 
 
-def _parsed(body: bytes, content_type: str | None) -> dict[str, object]:
+def _parsed(body: bytes, content_type: str | None, hide: Collection[str]) -> dict[str, object]:
     """The JSON object in `body`, every number a Decimal."""
     try:
         envelope = json.loads(
@@ -180,7 +191,7 @@ def _parsed(body: bytes, content_type: str | None) -> dict[str, object]:
             parse_float=Decimal,
             parse_int=Decimal,
             parse_constant=_refuse_constant,
-            object_pairs_hook=_object,
+            object_pairs_hook=partial(_object, hide),
         )
     except _NotStrict as refusal:
         wrong = str(refusal)
@@ -208,12 +219,12 @@ def _refuse_constant(_: str) -> NoReturn:
     raise _NotStrict("a number that is not finite")
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _object(hide: Collection[str], pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object; two fields of one name leave it open which of them is meant."""
     result: dict[str, object] = {}
     for name, value in pairs:
         if name in result:
-            raise _NotStrict(f"field {_field_name(name)} stands there twice")
+            raise _NotStrict(f"field {_hidden(_field_name(name), hide)} stands there twice")
         result[name] = value
     return result
 
@@ -232,7 +243,7 @@ def _answered(error: object, hide: Collection[str]) -> Outcome:
 
 def _token(pattern: re.Pattern[str], value: object, hide: Collection[str]) -> str | None:
     """A code or type that has the form of one; a documented code always counts, too short to give anything away."""
-    if not isinstance(value, str) or not pattern.fullmatch(value):
+    if not isinstance(value, str) or not pattern.fullmatch(value) or MANY_DIGITS.search(value):
         return None
     return value if DOCUMENTED_CODE.fullmatch(value) or _hidden(value, hide) == value else None
 
@@ -245,9 +256,32 @@ def _scrubbed(text: str, hide: Collection[str]) -> str:
 
 
 def _hidden(text: str, hide: Collection[str]) -> str:
-    for literal in sorted(filter(None, hide), key=len, reverse=True):
-        text = text.replace(literal, "#")
-    return text
+    """The text without these literals, in whatever form they stand there, and without anything as long as a token."""
+    for form in sorted({form for literal in filter(None, hide) for form in _forms(literal)}, key=len, reverse=True):
+        text = text.replace(form, "#")
+    return LONG_RUN.sub("#", text)
+
+
+def _forms(literal: str) -> Iterator[str]:
+    """The literal as it is, and as JSON, a URL, hex or base64 would write it."""
+    yield literal
+    if len(literal) < TELLING_LENGTH:
+        return
+    for text in {literal, json.dumps(literal)[1:-1], json.dumps(literal, ensure_ascii=False)[1:-1]}:
+        raw = text.encode("utf-8", "replace")
+        yield from (text, quote(raw, safe=""), quote(raw), quote_plus(raw), raw.hex(), raw.hex().upper())
+        for offset in range(3):  # base64 differs with where in its group of three bytes the text begins
+            whole = b64encode(b"\0" * offset + raw).decode()
+            encoded = whole[-(-offset * 4 // 3) : (offset + len(raw)) * 4 // 3]
+            yield from (encoded, encoded.replace("+", "-").replace("/", "_"))
+
+
+def _masked_id(operation_id: str, hide: Collection[str]) -> str:
+    """The `OperationId` without what must not be shown, and still another one for another operation."""
+    for literal in hide:
+        if len(literal) >= TELLING_LENGTH:
+            operation_id = operation_id.replace(literal, "#")
+    return CALLBACK_TOKEN.sub(lambda token: sha256(token[0].encode()).hexdigest(), operation_id)
 
 
 def _storable(text: str) -> str:
@@ -260,8 +294,8 @@ def _field_name(name: str) -> str:
     return name if FIELD_NAME.fullmatch(name) else "?"
 
 
-def _drift(paths: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(set(paths))[:DRIFT_LIMIT])
+def _drift(paths: Iterable[str], hide: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted({_hidden(path, hide) for path in paths})[:DRIFT_LIMIT])
 
 
 def _unreadable(where: str, wrong: str) -> KhipuFailure:

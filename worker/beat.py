@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -247,7 +248,7 @@ class DefinitionsFile:
             return
         started_s = time.monotonic()
         try:
-            changed = self._timetable.apply(accounts)
+            changed = self._timetable.apply(accounts, actor=f"beat {socket.gethostname()}")
         except Refused as refusal:
             log.error("accounts file not applied", problems=[str(refusal)])
             return

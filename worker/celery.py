@@ -56,8 +56,12 @@ class Wiring:
     khipu: KhipuClient
     access_tokens: AccessTokens
     credentials: CredentialStore
-    salt: bytes
     is_durable: bool
+
+    @property
+    def salt(self) -> bytes:
+        """What fingerprints are made with: asked for by workers only, the others may not read it."""
+        return self.timetable.salt()
 
 
 @lru_cache(maxsize=1)
@@ -76,9 +80,10 @@ def wiring() -> Wiring:
         letter=letter_template(),
         settling=settling_template(),
     )
+    timetable.check_version()
     credentials = CredentialStore(os.environ, settings.secrets_dir)
     khipu = KhipuClient(settings.khipu_url)
-    return Wiring(settings, timetable, khipu, AccessTokens(khipu), credentials, timetable.salt(), is_durable)
+    return Wiring(settings, timetable, khipu, AccessTokens(khipu), credentials, is_durable)
 
 
 def until_there(call: Callable[[], T]) -> T:

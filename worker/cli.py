@@ -37,7 +37,7 @@ from worker.sandbox import PortUnavailable, sandbox_secrets, serve
 from worker.settings import Settings, load_settings
 from worker.store import EmbeddedStore
 from worker.stream import last_id, read
-from worker.timetable import Timetable, connect
+from worker.timetable import STATE_VERSION, Timetable, connect
 from worker.up import Machine, is_terminal, readable
 
 P = ParamSpec("P")
@@ -138,8 +138,14 @@ def with_timetable(command: Callable[..., R]) -> Callable[..., R]:
 
 
 def open_timetable() -> Timetable:
+    timetable = unchecked_timetable()
+    timetable.check_version()
+    return timetable
+
+
+def unchecked_timetable() -> Timetable:
     settings = load_settings()
-    return Timetable(connect(settings.store_url()), stream=settings.stream)
+    return Timetable(connect(settings.store_url()), stream=settings.stream, actor=ops.actor())
 
 
 # --------------------------------------------------------------------------------------------------------- completion
@@ -547,6 +553,59 @@ def sync(timetable: Timetable, force: bool, is_json: bool) -> None:
         print_json({"accounts": len(accounts.definitions), "changed": changed})
     else:
         click.echo(f"{len(accounts.definitions)} accounts in force, {changed} changed")
+
+
+@main.command()
+@click.argument("alias", shell_complete=aliases_known)
+@as_json
+@with_timetable
+def purge(timetable: Timetable, alias: str, is_json: bool) -> None:
+    """Delete all that is kept of an account that was removed.
+
+    Its entries go from the stream too, whether a consumer has read them or not. The audit trail keeps its name.
+
+    \b
+    Example:
+      balances purge acme-operating
+    """
+    tell(ops.each(timetable, ops.purge(timetable), [alias]), "purged", is_json)
+
+
+@main.command()
+@as_json
+def migrate(is_json: bool) -> None:
+    """Bring an older version's state to this program's.
+
+    Stop every process first, and back the server up.
+
+    \b
+    Example:
+      balances migrate
+    """
+    is_changed = unchecked_timetable().migrate()
+    if is_json:
+        print_json({"version": STATE_VERSION, "changed": is_changed})
+    else:
+        click.echo(f"version {STATE_VERSION}{'' if is_changed else ' already'}")
+
+
+@main.command()
+@click.option("--alias", default=None, help="Only this account, or login.", shell_complete=aliases_known)
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 100_000), help="How many at most.")
+@as_json
+@with_timetable
+def audit(timetable: Timetable, alias: str | None, limit: int, is_json: bool) -> None:
+    """Show who ordered what, and what came of it, the newest first.
+
+    \b
+    Example:
+      balances audit --alias acme-operating
+    """
+    rows = ops.audit(timetable, alias=alias, limit=limit)
+    if is_json:
+        print_json([ops.as_dict(row) for row in rows])
+    else:
+        show(tables.audit_table(rows, now_of(timetable)))
 
 
 # ------------------------------------------------------------------------------------------------------- dead letters

@@ -8,6 +8,7 @@ Present is only who works: a worker whose thread is free while messages wait, an
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -138,7 +139,8 @@ def unblock_with_new_secrets(wiring: Wiring, logins: Logins) -> None:
 def _unblock(wiring: Wiring, login: str, kind: Credential, credentials: Credentials) -> bool:
     held: Fingerprints = fingerprints(credentials, wiring.salt)
     fingerprint = held.bank if kind is Credential.BANK else held.key
-    return wiring.timetable.unblock_with(login, kind, fingerprint) is None
+    actor = f"worker {socket.gethostname()}"
+    return wiring.timetable.unblock_with(login, kind, fingerprint, actor=actor) is None
 
 
 class TokenWatch:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
 import redis
@@ -40,7 +44,12 @@ ADVICE = {
 }
 
 #: What an order asks of an account, said before the advice where the account's state does not tell it.
-WANTED = {"resume": "it is not paused", "redrive": "it is not suspended", "discard": "it has no dead letter"}
+WANTED = {
+    "resume": "it is not paused",
+    "redrive": "it is not suspended",
+    "discard": "it has no dead letter",
+    "purge": "only what was removed from the accounts file, and is over, is purged",
+}
 
 #: States in which an account's next step is a due time of its own.
 PLANNED = frozenset({"scheduled", "waiting", "awaiting"})
@@ -168,6 +177,17 @@ class Standing:
     why: str
     command: str
     due_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """One order: when, by whom, what, on which account or login ("?": none that is known), and what came of it."""
+
+    at: str
+    actor: str
+    action: str
+    subject: str
+    outcome: str
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -397,7 +417,23 @@ def follow(client: redis.Redis, name: str, *, after: str, is_away: Callable[[], 
             time.sleep(AWAY_S)
 
 
+def audit(timetable: Timetable, *, alias: str | None = None, limit: int = 50) -> list[AuditRow]:
+    """The last orders that were given, newest first; about one account or login only, if one is named."""
+    found = (AuditRow(iso(int(fields.pop("at"))), **fields) for fields in timetable.audit())
+    return list(islice((row for row in found if alias in {None, row.subject}), limit))
+
+
 # ------------------------------------------------------------------------------------------------------------ ordering
+
+
+def actor() -> str:
+    """Who gives orders here: user@host, and who became that user by sudo. Told, not proven."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    behind = os.environ.get("SUDO_USER")
+    return f"{user}@{socket.gethostname()}" + (f" sudo {behind}" if behind else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,6 +537,11 @@ def unblock(timetable: Timetable, login: str) -> None:
         raise Refused(f"{login}: {reason}")
 
 
+def purge(timetable: Timetable) -> Order:
+    """Deletes all that is kept of a retired account, its entries on the stream included."""
+    return Order("purge", timetable.purge)
+
+
 def all_aliases(timetable: Timetable) -> list[str]:
     """Every account defined now."""
     return sorted(timetable.revisions())
@@ -580,6 +621,6 @@ def to_ms(moment: str) -> int:
     return round(datetime.fromisoformat(moment).timestamp() * 1000)
 
 
-def as_dict(row: AccountRow | LetterRow | Finding) -> dict[str, Any]:
+def as_dict(row: AccountRow | LetterRow | Finding | AuditRow) -> dict[str, Any]:
     """The row as `--json` prints it."""
     return asdict(row)

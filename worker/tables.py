@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from worker.ops import AccountRow, LetterRow, Reason, Story
+from worker.ops import AccountRow, AuditRow, LetterRow, Reason, Story
 from worker.server import Finding
 
 #: Trouble first: the order in which accounts are listed, and the colour of each state.
@@ -219,6 +219,16 @@ def findings_table(findings: Iterable[Finding]) -> Table:
         mark = Text("ok", "green") if finding.is_right else Text("wrong", "bold red")
         table.add_row(mark, finding.name, finding.detail)
     return table
+
+
+def audit_table(rows: Iterable[AuditRow], now: datetime) -> Table | Text:
+    """One line per order, newest first."""
+    at = f"at ({zone(now)})"
+    table = table_of(at, "who", "what", "of", "outcome", wrap="outcome")
+    table.columns[1].no_wrap = False
+    for row in rows:
+        table.add_row(moment(row.at, now, seconds=True), row.actor, row.action, row.subject, row.outcome)
+    return table if table.row_count else Text("no order was given")
 
 
 def observed_table(observations: Iterable[dict[str, Any]], now: datetime) -> Fitting | Text:

@@ -36,7 +36,7 @@ from redis.retry import Retry as ConnectionRetry
 
 from worker import clock, policy, schedule
 from worker.accounts import Accounts, Definition, Limits, Retry, Scheme
-from worker.errors import Outcome, Refused, StoreUnavailable
+from worker.errors import ConfigurationError, Outcome, Problem, Refused, StoreUnavailable
 from worker.policy import Counters, Credential, DeadLetterQueue
 from worker.settings import to_ms
 
@@ -55,6 +55,12 @@ SETTLE_AGAIN_MS = 60_000
 CONFIRM_MS = 3_000
 #: How long it is remembered when a worker last began a poll, also of those that are gone.
 REMEMBER_BEGINS_MS = 7 * 86_400_000
+#: Of what is kept in Redis (`STATE_VERSION` of shared.lua).
+STATE_VERSION = 1
+#: Keys or entries that one call of `purge` is handed.
+PURGE_BATCH = 500
+#: Entries of the audit trail that one call reads.
+AUDIT_BATCH = 200
 #: What a worker offers to begin with in place of a credential that it does not have.
 MISSING = "missing"
 #: What redis-py raises for a server that is away, or does not work now.
@@ -251,17 +257,27 @@ class Timetable:
     """Every change and every reading of the timetable, over one client.
 
     `message`, `settling` and `letter` are the templates of the Celery messages of a poll, of the settling of its
-    answer, and of a dead letter (`worker.celery` makes them); only who pushes needs them.
+    answer, and of a dead letter (`worker.celery` makes them); only who pushes needs them. `actor`: who gives orders
+    through it, for the audit trail.
     """
 
     def __init__(
-        self, client: redis.Redis, *, stream: str, message: str = "", letter: str = "", settling: str = ""
+        self,
+        client: redis.Redis,
+        *,
+        stream: str,
+        message: str = "",
+        letter: str = "",
+        settling: str = "",
+        actor: str = "unknown",
     ) -> None:
         self.client = client
         self._stream = stream
         self._message = message
         self._letter = letter
         self._settling = settling
+        self._actor = actor
+        self._salt: bytes | None = None
         self._scripts: dict[str, Callable[..., Any]] = {}
 
     def _run(self, script: str, *args: str | int) -> Any:
@@ -269,6 +285,26 @@ class Timetable:
         if call is None:
             call = self._scripts[script] = self.client.register_script(script_text(script))
         return _guard(lambda: call(args=args))
+
+    def check_version(self) -> None:
+        """Raises `ConfigurationError` where Redis holds the state of a program that is not this one's version."""
+        found = self._config("version", "retry")
+        version = int(found["version"] or 0)
+        if version == STATE_VERSION or found["retry"] is None:  # nothing was ever applied there
+            return
+        wrong = (
+            f"holds state of version {version or '0 (before there were versions)'}, this program's is {STATE_VERSION}"
+        )
+        is_newer = version > STATE_VERSION
+        right = "run the program that wrote it" if is_newer else "stop every process and run: balances migrate"
+        raise ConfigurationError([Problem("Redis", wrong, right)])
+
+    def migrate(self) -> bool:
+        """Brings an older version's state to this one; whether there was anything to do. Raises `Refused`."""
+        result, version = self._run("migrate", self._actor)
+        if result == "refused":
+            raise Refused(f"Redis holds state of version {version}, newer than this program's {STATE_VERSION}")
+        return bool(result == "migrated")
 
     # ------------------------------------------------------------------------------------------------ beat
 
@@ -297,7 +333,7 @@ class Timetable:
         looked, told = self._run("overdue", self._stream, most)
         return Overdue(tuple(told), looked >= most)
 
-    def apply(self, accounts: Accounts, *, force: bool = False) -> int:
+    def apply(self, accounts: Accounts, *, force: bool = False, actor: str = "") -> int:
         """Makes Redis hold these definitions; returns how many accounts were added, changed or retired.
 
         Raises `Refused` where that would retire too many accounts at once, unless forced.
@@ -309,17 +345,17 @@ class Timetable:
                 raise Refused(
                     f"this would remove {gone} of {len(known)} accounts; if it is meant: balances sync --force"
                 )
-            changed = self._apply_once(accounts)
+            changed = self._apply_once(accounts, actor or self._actor)
             if changed is not None:
                 return changed
 
-    def _apply_once(self, accounts: Accounts) -> int | None:
+    def _apply_once(self, accounts: Accounts, actor: str) -> int | None:
         """One comparison, applied in batches; None when another apply came between."""
         config = self._config("serial")
         serial = config["serial"] or "0"
         changed = 0
         for event, batch in self._changes(accounts):
-            result, count = self._run("apply", serial, event, *batch)
+            result, count = self._run("apply", serial, event, *batch, actor)
             if result == "overtaken":
                 return None
             changed += int(count)
@@ -558,8 +594,10 @@ class Timetable:
 
     def salt(self) -> bytes:
         """The one salt of all credential fingerprints, made by whoever asks first."""
-        _guard(lambda: self.client.set("salt", secrets.token_hex(16), nx=True))
-        return bytes.fromhex(cast(str, _guard(lambda: self.client.get("salt"))))
+        if self._salt is None:
+            _guard(lambda: self.client.set("salt", secrets.token_hex(16), nx=True))
+            self._salt = bytes.fromhex(cast(str, _guard(lambda: self.client.get("salt"))))
+        return self._salt
 
     # --------------------------------------------------------------------------------------------- webhook
 
@@ -588,38 +626,78 @@ class Timetable:
     # -------------------------------------------------------------------------------------------- operator
 
     def release(
-        self, aliases: Sequence[str] = (), *, institution: str = "", login: str = "", spread_ms: int = 1000
+        self,
+        aliases: Sequence[str] = (),
+        *,
+        institution: str = "",
+        login: str = "",
+        spread_ms: int = 1000,
+        actor: str = "",
     ) -> list[str]:
         """Brings parked accounts back, the first at once, each other `spread_ms` later; returns their aliases."""
-        return cast(list[str], self._run("release", self._stream, spread_ms, institution, login, *aliases))
+        scope = (institution, login, *aliases)
+        return cast(list[str], self._run("release", self._stream, spread_ms, *scope, actor or self._actor))
 
     def redrive(self, alias: str) -> str | None:
         """Brings a suspended account back. Returns None, or the state that refuses it."""
-        return _read_refusal(self._run("redrive", self._stream, alias))
+        return _read_refusal(self._run("redrive", self._stream, alias, self._actor))
 
     def discard(self, alias: str) -> str | None:
         """Throws the account's letter away and pauses it. Returns None, or the state that refuses it."""
-        return _read_refusal(self._run("discard", alias))
+        return _read_refusal(self._run("discard", alias, self._actor))
 
     def unblock(self, login: str) -> str | None:
         """Lifts the block and forgives what failed. Returns None, or why not."""
-        return _read_refusal(self._run("unblock", self._stream, login, "operator", ""))
+        return _read_refusal(self._run("unblock", self._stream, login, "operator", "", self._actor))
 
-    def unblock_with(self, login: str, credential: Credential, fingerprint: str) -> str | None:
+    def unblock_with(self, login: str, credential: Credential, fingerprint: str, *, actor: str = "") -> str | None:
         """Lifts the block with a new credential of the kind that failed. Returns None, or why not."""
-        return _read_refusal(self._run("unblock", self._stream, login, credential, fingerprint))
+        who = actor or self._actor
+        return _read_refusal(self._run("unblock", self._stream, login, credential, fingerprint, who))
 
     def pause(self, alias: str) -> str | None:
         """Pauses the account. Returns None, or the state that refuses it."""
-        return _read_refusal(self._run("pause", alias))
+        return _read_refusal(self._run("pause", alias, self._actor))
 
     def resume(self, alias: str) -> str | None:
         """Resumes the account. Returns None, or the state that refuses it."""
-        return _read_refusal(self._run("resume", alias))
+        return _read_refusal(self._run("resume", alias, self._actor))
 
     def poll(self, alias: str) -> str | None:
         """Makes a scheduled account due now. Returns None, or the state that refuses it."""
-        return _read_refusal(self._run("poll", alias))
+        return _read_refusal(self._run("poll", alias, self._actor))
+
+    def purge(self, alias: str) -> str | None:
+        """Deletes all that is kept of a retired account. Returns None, or the state that refuses it.
+
+        Reads the whole stream and every callback's key. An interrupted purge is repeated: the account goes last.
+        """
+        for part, found in self._remains(alias):
+            for batch in _batches(found, PURGE_BATCH):
+                if reason := _read_refusal(self._run("purge", alias, *part, *batch, self._actor)):
+                    return reason
+        return _read_refusal(self._run("purge", alias, "account", self._actor))
+
+    def _remains(self, alias: str) -> Iterator[tuple[tuple[str, ...], Iterator[str]]]:
+        """What must be looked for: arguments of `purge`, and what they are about. Readers set aside in `….dead`."""
+        for stream in (self._stream, f"{self._stream}.dead"):
+            yield ("entries", stream), self._entries_of(stream, alias)
+        yield ("callbacks",), self._callbacks_of(alias)
+
+    def _entries_of(self, stream: str, alias: str) -> Iterator[str]:
+        after = "-"
+        while read := cast(list[Any], _guard(partial(self.client.xrange, stream, min=after, count=PURGE_BATCH))):
+            yield from (entry for entry, fields in read if fields.get("subject") == alias)
+            after = f"({read[-1][0]}"
+
+    def _callbacks_of(self, alias: str) -> Iterator[str]:
+        keys = self.client.scan_iter("callback:*", count=PURGE_BATCH)
+        for batch in _batches(cast(Iterator[str], keys), PURGE_BATCH):
+            pipeline = self.client.pipeline(transaction=False)
+            for key in batch:
+                pipeline.hget(key, "alias")
+            owners = _guard(pipeline.execute)
+            yield from (key.partition(":")[2] for key, owner in zip(batch, owners, strict=True) if owner == alias)
 
     # --------------------------------------------------------------------------------------------- reading
 
@@ -692,6 +770,13 @@ class Timetable:
     def history(self, alias: str) -> list[str]:
         """The account's last attempts, newest first: "ended (ms) poll attempt duration (ms) outcome"."""
         return cast(list[str], _guard(partial(self.client.lrange, f"history:{alias}", 0, -1)))
+
+    def audit(self) -> Iterator[dict[str, str]]:
+        """Every order that was given, newest first: actor, action, subject, outcome, at (ms)."""
+        before = "+"
+        while read := cast(list[Any], _guard(partial(self.client.xrevrange, "audit", max=before, count=AUDIT_BATCH))):
+            yield from (fields for _, fields in read)
+            before = f"({read[-1][0]}"
 
     def latest(self) -> dict[str, str]:
         """Every account's newest balance: alias → the event's data, JSON as on the stream."""

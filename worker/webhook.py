@@ -160,7 +160,9 @@ async def notification(request: Request) -> Response:
         return refusal(422, "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()))
     timetable: Timetable = request.app.state.timetable
     aliases = [wanted.alias] if wanted.alias else []
-    released = await run_in_threadpool(timetable.release, aliases, institution=wanted.institution, login=wanted.login)
+    released = await run_in_threadpool(
+        timetable.release, aliases, institution=wanted.institution, login=wanted.login, actor="notification"
+    )
     log.info(
         "notification",
         released=len(released),

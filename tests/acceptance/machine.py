@@ -67,6 +67,7 @@ class Account:
     login: str = ""
     currency: str = "CLP"
     number: str = ""
+    mode: str = ""
 
     def placed(self, index: int) -> Account:
         return replace(self, login=self.login or self.alias, number=self.number or f"NUMBER-CANARY-{index:04}")
@@ -147,6 +148,7 @@ class Machine:
         clients: Iterable[str] = (),
         own_keys: Iterable[str] = (),
         latency: str | None = None,
+        server: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = directory
         self.accounts = {a.alias: a.placed(index) for index, a in enumerate(accounts, start=1)}
@@ -156,6 +158,7 @@ class Machine:
         self._tables = {"retry": {**RETRY, **(retry or {})}, "limits": {**LIMITS, **(limits or {})}}
         self._more_env = dict(env or {})
         self._latency = latency
+        self._server_options = dict(server or {})
         self._stack = ExitStack()
         self._shown: dict[Path, int] = {}
 
@@ -163,7 +166,7 @@ class Machine:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.server = stack.enter_context(ValkeyServer(self.directory, appendonly="yes"))
+            self.server = stack.enter_context(ValkeyServer(self.directory, appendonly="yes", **self._server_options))
             self.sandbox: SandboxClient = stack.enter_context(running_sandbox())
             self.store: redis.Redis = stack.enter_context(self.server.client())
             self.timetable = Timetable(self.store, stream=STREAM)
@@ -443,6 +446,7 @@ def _entry(account: Account) -> dict[str, object]:
         "currency": account.currency,
         "login": account.login,
         "every": account.every,
+        **({"mode": account.mode} if account.mode else {}),
     }
 
 

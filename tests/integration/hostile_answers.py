@@ -451,10 +451,10 @@ ROWS = [
             ),
             (
                 "a description of 100 kB",
-                error("E201", "RETRY_IMMEDIATELY", "x" * 100_000),
+                error("E201", "RETRY_IMMEDIATELY", "x " * 50_000),
                 "E201",
                 "RETRY_IMMEDIATELY",
-                "x" * 200,
+                "x " * 99,
             ),
         )
     ),

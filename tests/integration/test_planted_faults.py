@@ -11,12 +11,15 @@ from functools import partial
 
 import pytest
 import redis
+import test_audit as trail
 import test_backlog as backlog
 import test_callbacks as callbacks
 import test_clock_jumps as clock
 import test_counts as counts
 import test_overdue as overdue
+import test_purge as remains
 import test_timetable as rules
+import test_version as versions
 from planted_faults import Patch, patched
 from servers import ValkeyServer
 from test_machine import IS_LONG, profile, run
@@ -605,6 +608,40 @@ FAULTS = [
         "if (redis.call('HGET', 'config', 'jumped') or '0') ~= known then",
         "if false then",
         clock.test_a_hold_that_was_noted_is_not_noted_again,
+        found=False,
+    ),
+    Fault(
+        "purge takes an account that is still polled",
+        "purge",
+        "if a.state ~= 'retired' then",
+        "if not a.state then",
+        lambda world: remains.test_only_what_is_retired_and_over_is_purged(remains.lived(world.client)),
+        found=False,
+    ),
+    Fault(
+        "purge does not look whose callback it is handed",
+        "purge",
+        "if redis.call('HGET', 'callback:' .. ARGV[i], 'alias') == alias then",
+        "if false then",
+        lambda world: remains.test_nothing_is_left_of_a_purged_account_but_its_name_in_the_audit_trail(
+            remains.lived(world.client)
+        ),
+        found=False,
+    ),
+    Fault(
+        "migrate stamps what a newer program wrote",
+        "migrate",
+        "if found then return recorded(",
+        "if false then return recorded(",
+        lambda world: versions.test_a_newer_programs_state_is_not_migrated(versions.begun(world)),
+        found=False,
+    ),
+    Fault(
+        "an order is not written down",
+        "shared",
+        "  audit(actor, action, is_unknown and '?' or subject, outcome)\n",
+        "",
+        lambda world: trail.test_the_trail_is_trimmed_by_age_and_never_by_count(trail.fresh(world)),
         found=False,
     ),
     # ----------------------------------------------------------------------------------------------------- shared

@@ -1396,7 +1396,7 @@ def test_the_limits_are_there_before_the_first_account(world: World, monkeypatch
     batches = world.timetable._changes(accounts)
     for _ in range(2):
         event, batch = next(batches)
-        world.timetable._run("apply", "0", event, *batch)
+        world.timetable._run("apply", "0", event, *batch, "beat")
     assert list(world.timetable.revisions()) == ["a"]
     assert not world.timetable.knows_content(accounts.digest)
     world.due_now("a")
@@ -1410,9 +1410,9 @@ def test_other_limits_come_into_force_when_the_whole_file_does(world: World, mon
     accounts = read_entries(Entry("a"), Entry("b"), head="[retry]\nmax_waits = 9\n")
     *batches, finish = world.timetable._changes(accounts)
     for event, batch in batches:
-        world.timetable._run("apply", "1", event, *batch)
+        world.timetable._run("apply", "1", event, *batch, "beat")
     assert world.timetable.retry().max_waits == 6
-    world.timetable._run("apply", "1", finish[0], *finish[1])
+    world.timetable._run("apply", "1", finish[0], *finish[1], "beat")
     assert world.timetable.retry().max_waits == 9
 
 

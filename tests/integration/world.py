@@ -130,7 +130,7 @@ class World:
 
     def __post_init__(self) -> None:
         message, letter = self.template
-        self.timetable = Timetable(self.client, stream=STREAM, message=message, letter=letter)
+        self.timetable = Timetable(self.client, stream=STREAM, message=message, letter=letter, actor="anna@desk")
         self.set_clock(START_MS)
         self.workers(100)
 
@@ -246,7 +246,7 @@ class World:
         return None if text is None else json.loads(text)
 
     def snapshot(self) -> dict[str, object]:
-        """Everything that Redis holds, but what counts calls."""
+        """Everything that Redis holds, but what counts and records calls."""
         readers = {
             "string": self.client.get,
             "hash": self.client.hgetall,
@@ -257,7 +257,7 @@ class World:
         }
         kept = {key: readers[self.client.type(key)](key) for key in self.client.scan_iter()}
         kept.get("config", {}).pop("claimed_at", None)
-        return {key: value for key, value in kept.items() if key not in {"counts", "releases"}}
+        return {key: value for key, value in kept.items() if key not in {"counts", "releases", "audit"}}
 
     def messages(self, queue: str = "balances.polls") -> list[dict]:
         return [json.loads(text) for text in reversed(self.client.lrange(queue, 0, -1))]

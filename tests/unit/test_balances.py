@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import traceback
+from base64 import b64encode
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -357,8 +359,14 @@ def test_an_error_counts_whatever_else_is_wrong_or_said() -> None:
         ("\ud800x", "x"),
         (f"log-on {CANARY} refused", "log-on # refused"),
         (f"log-on {CANARY[:4]}\u200b{CANARY[4:]} refused", "log-on # refused"),
-        ("x" * 195 + CANARY, "x" * 195 + "#"),
-        ("x" * 500, "x" * 200),
+        ("x " * 97 + CANARY, "x " * 97 + "#"),
+        ("x " * 250, "x " * 100),
+        (f"log-on {CANARY.encode().hex()} refused", "log-on # refused"),
+        (f"log-on {CANARY.encode().hex().upper()} refused", "log-on # refused"),
+        (f"log-on {b64encode(CANARY.encode()).decode()} refused", "log-on #E= refused"),
+        (f"log-on {b64encode(b'a:' + CANARY.encode()).decode()} refused", "log-on YTp#Q== refused"),
+        (f"http://localhost/callbacks/{'aB3_-' * 8}xyz of yours", "http://localhost/callbacks/# of yours"),
+        (f"http%3A%2F%2Flocalhost%2Fcallbacks%2F{'aB3_-' * 8}xyz", "#"),
     ],
 )
 def test_descriptions_are_scrubbed(description: str, scrubbed: str) -> None:
@@ -369,6 +377,40 @@ def test_a_secret_is_no_code_and_no_type_but_a_documented_code_is_no_secret() ->
     outcome = failure(error(Code="PASSWORD-1", Type="PASSWORD-1"), hide=("PASSWORD-1",))
     assert (outcome.code, outcome.type) == ("UNKNOWN", None)
     assert failure(error(Code="E101", Type=None), hide=("101", "E101")).code == "E101"
+
+
+def test_a_sum_is_no_code_and_no_type() -> None:
+    outcome = failure(error(Code="271828182", Type="OF_271_828_CLP"))
+    assert (outcome.code, outcome.type) == ("UNKNOWN", None)
+    assert failure(error(Code="E1001", Type="WAIT_4_HOURS_BEFORE_RETRY")).code == "E1001"
+
+
+SHORT = "123"
+
+
+def test_an_operation_id_that_repeats_what_was_sent_loses_that_and_stays_unlike_others() -> None:
+    token = "aB3_-" * 8 + "xyz"
+    ids = [f"{CANARY}/1", f"{CANARY}/2", token, token[::-1], "6baf6c19-e485-463b-ae24-a821b0250123"]
+    read = [read_answer(envelope(OperationId=each), hide=(CANARY, SHORT)).operation_id for each in ids]
+    assert read[:2] == ["#/1", "#/2"]
+    assert len(set(read)) == len(ids)
+    assert token not in read
+    assert read[4] == ids[4], "three digits are in many ids"
+    assert read_accepted(envelope(OperationId=ids[0], Data=None), hide=(CANARY,)).operation_id == "#/1"
+
+
+@pytest.mark.parametrize("password", ['p\u00e4ss"wörd/+%', "\ud800 half a letter"])
+def test_a_secret_is_hidden_as_json_and_urls_write_it(password: str) -> None:
+    quoted = [json.dumps(password)[1:-1], quote(password.encode("utf-8", "replace"), safe="")]
+    outcome = failure(error(Code="E999", Description=" ".join(quoted)), hide=(password,))
+    assert set(outcome.description) <= set("# ")
+
+
+def test_a_field_named_like_a_secret_is_not_named() -> None:
+    body = envelope(secret_of_ours=1)
+    assert read_answer(body, hide=("secret_of_ours",)).drift == ("#",)
+    twice = failure(b'{"secret_of_ours": 1, "secret_of_ours": 2}', hide=("secret_of_ours",))
+    assert twice.description == "body: field # stands there twice"
 
 
 @pytest.mark.parametrize(

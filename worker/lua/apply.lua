@@ -5,13 +5,14 @@
 --   set:    3 … twelve per account: alias, definition, revision, identity, schedule, slot (ms), login, institution,
 --           source, scheme, token_days ('' where the scheme has no token), interval (ms)
 --   retire: 3 … aliases
+--   the last one, always: who asks
 -- Returns { "applied", how many changed } or { "overtaken", serial }: another apply came between; compare again
 --
 -- A changed identity is a new generation: own pins, own latest, own tokens (rule 7). Anything else leaves the account's
 -- step alone, but for the due time of a scheduled account whose schedule changed. Limits change at the end, but the very
 -- first come before the first account: none is ever there without them, however an apply ends.
 
-local serial, event = ARGV[1], ARGV[2]
+local actor, serial, event = take_actor(), ARGV[1], ARGV[2]
 local changed = 0
 
 -- Takes the account off its login. A request in flight keeps the login's place until it ends (rule 1).
@@ -83,6 +84,7 @@ end
 local LIMITS = { 'retry', 'limits', 'request_deadline_ms', 'lease_margin_ms', 'retention_ms' }
 
 local function prepare()
+  if redis.call('HEXISTS', 'config', 'retry') == 0 then redis.call('HSET', 'config', 'version', STATE_VERSION) end
   for i, name in ipairs(LIMITS) do redis.call('HSETNX', 'config', name, ARGV[i + 2]) end
 end
 
@@ -91,6 +93,7 @@ local function finish()
   redis.call('HSET', 'config', 'content', ARGV[8])
   redis.call('HINCRBY', 'config', 'serial', 1)
   redis.call('ZADD', 'contents', whole(now), ARGV[8])
+  audit(actor, 'sync', 'accounts file', 'applied ' .. string.sub(ARGV[8], 1, 12))
 end
 
 local at = redis.call('HGET', 'config', 'serial') or '0'

@@ -1,9 +1,9 @@
 -- Makes a scheduled account due now: an operator's command. It never shortens a wait and never lifts an overlay.
 --
--- ARGV  1 alias
+-- ARGV  1 alias; the last one: who asks
 -- Returns { "due" } or { "refused", state }
 
-local alias = ARGV[1]
+local actor, alias = take_actor(), ARGV[1]
 local a = fields('account:' .. alias, 'state', 'login', 'paused')
 
 local function why_not()
@@ -14,7 +14,7 @@ local function why_not()
 end
 
 local reason = why_not()
-if reason then return { 'refused', reason } end
+if reason then return recorded(actor, 'poll', alias, { 'refused', reason }) end
 step(alias, a.login, 'scheduled', now)
 place(a.login)
-return { 'due' }
+return recorded(actor, 'poll', alias, { 'due' })

@@ -2,10 +2,12 @@
 --
 -- ARGV  1 stream  2 spread (ms between one account and the next; the first goes at once)
 --       3 institution ('' for any)  4 login ('' for any)  5 … aliases (none: every parked account); filters add up
+--       the last one: who asks
 -- Returns the aliases released
 --
 -- The scope is stamped, so that a poll in flight that would park a moment later waits shortly instead.
 
+local actor = take_actor()
 local stream, spread_ms, institution, login = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 -- A poll in flight is over well before this: a callback's token lives for two days.
 local STAMP_S = 3 * 86400
@@ -25,6 +27,7 @@ local function bring_back_parked(alias)
   if not a.state or a.state == 'retired' or not fits(a) then return end
   if #ARGV > 4 then stamp(alias) end
   if a.state ~= 'parked' then return end
+  audit(actor, 'release', alias, 'released')
   bring_back(stream, alias, a.login, now + #released * spread_ms, 'release')
   released[#released + 1] = alias
   touched[a.login] = true
@@ -46,4 +49,5 @@ end
 
 for _, alias in ipairs(chosen()) do bring_back_parked(alias) end
 for each in pairs(touched) do place(each) end
+if #released == 0 then audit(actor, 'release', '?', 'nothing was parked') end
 return released

@@ -33,10 +33,11 @@
 --   failures:<login>     sorted set: fingerprint of a bank credential → when it failed (ms)
 --   releases             string: how many releases there were; orders them, whatever the clock does
 --   released:<scope>     string: number of that scope's last release
---   config               hash: retry, limits (JSON), *_ms, content, serial · claimed_at, looked (logins that the last
---                        claim had passed over, where more were due than it looked at) · jumped (ms, of all jumps of
---                        the clock together), hold_until, trim_from (ms)
+--   config               hash: version (of all this), retry, limits (JSON), *_ms, content, serial · claimed_at, looked
+--                        (logins that the last claim had passed over, where more were due than it looked at) · jumped
+--                        (ms, of all jumps of the clock together), hold_until, trim_from (ms)
 --   contents             sorted set: digests applied
+--   audit                stream: actor, action, subject, outcome, at (ms), of every order that an operator gave
 --   workers              sorted set: "host threads" → until when it is alive (ms, real time); 0 threads: takes no polls
 --   begins               sorted set: worker → when it last began a poll (ms)
 --   institutions         set: every institution ever defined
@@ -56,6 +57,8 @@
 
 local QUEUE, ANSWERS = 'balances.polls', 'balances.answers'
 local DAY_MS = 86400000
+-- Of all that is described above: another shape of it is another version, with its way there in migrate.lua.
+local STATE_VERSION = '1'
 
 -- The one clock: ms since the epoch, of this server.
 local function real_now()
@@ -348,15 +351,19 @@ end
 
 -- Whether the clock may say what is old: beat looked at it just now, and it has not jumped for one retention.
 local function may_trim()
-  local c = fields('config', 'claimed_at', 'trim_from')
-  return c.claimed_at and math.abs(now - c.claimed_at) < 30000 and now >= tonumber(c.trim_from or 0)
+  local c = fields('config', 'claimed_at', 'trim_from', 'retention_ms')
+  return c.claimed_at and c.retention_ms and math.abs(now - c.claimed_at) < 30000 and now >= tonumber(c.trim_from or 0)
+end
+
+local function trim(stream)
+  if may_trim() then
+    redis.call('XTRIM', stream, 'MINID', '~', whole(real_now() - config_ms('retention_ms')))
+  end
 end
 
 -- Puts one CloudEvent on the stream, which is trimmed by age and never by count.
 local function publish(stream, id, source, type, subject, time_ms, data)
-  if may_trim() then
-    redis.call('XTRIM', stream, 'MINID', '~', whole(real_now() - config_ms('retention_ms')))
-  end
+  trim(stream)
   redis.call('XADD', stream, '*', 'specversion', '1.0', 'id', id, 'source', source, 'type', type, 'subject', subject,
     'time', iso(time_ms), 'datacontenttype', 'application/json', 'dataschema', 'urn:balance-poller:' .. type,
     'data', data)
@@ -380,3 +387,26 @@ local function bring_back(stream, alias, login, due, by)
 end
 
 local NEEDS_LETTER = { suspended = true, parked = true }
+
+----------------------------------------------------------------------------------------------- the audit trail
+
+-- Who asks: the last argument of every script that carries out an order.
+local function take_actor()
+  return table.remove(ARGV)
+end
+
+-- Writes an order down: who, what, on which account or login, and what came of it. Forgotten by age, like the stream.
+local function audit(actor, action, subject, outcome)
+  local who = string.sub(string.gsub(actor, '[^%w%._@ -]', '?'), 1, 80)
+  trim('audit')
+  redis.call('XADD', 'audit', '*', 'actor', who, 'action', action, 'subject', subject, 'outcome', outcome, 'at',
+    whole(now))
+end
+
+-- The script's result, once it is written down. A name that nobody knows is not: it may be anything, a number or a key.
+local function recorded(actor, action, subject, result)
+  local is_unknown = result[2] == 'unknown'
+  local outcome = result[1] == 'refused' and 'refused: ' .. result[2] or result[1]
+  audit(actor, action, is_unknown and '?' or subject, outcome)
+  return result
+end

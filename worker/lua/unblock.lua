@@ -1,12 +1,14 @@
 -- Lifts a login's block and removes its letter; one account probes first.
 --
 -- ARGV  1 stream  2 login  3 "operator" | "bank" | "key"  4 fingerprint of the new credential (not for the operator)
+--       the last one: who asks
 -- Returns { "unblocked" } or { "refused", why }
 --
 -- The operator forgives what failed. A worker that holds a credential of the kind that failed, another one that has not
 -- failed itself, lifts the block with it, unless the block is for an operator alone. The one that failed here does not,
 -- even where it was forgiven for another login.
 
+local actor = take_actor()
 local stream, login, by, fingerprint = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local key = 'login:' .. login
 local l = fields(key, 'blocked', 'fingerprint', 'manual', 'letter', 'failed_bank', 'failed_key')
@@ -39,7 +41,12 @@ local function tell_accounts()
 end
 
 local reason = why_not()
-if reason then return { 'refused', reason } end
+if reason then
+  -- Workers try again and again with what they hold: nobody's order.
+  if by ~= 'operator' then return { 'refused', reason } end
+  local is_known = redis.call('SISMEMBER', 'logins', login) == 1
+  return recorded(actor, 'unblock', is_known and login or '?', { 'refused', reason })
+end
 if by == 'operator' then forgive() else redis.call('HSET', key, by, fingerprint) end
 if l.letter then redis.call('LREM', 'balances.dead.do-not-retry', 1, l.letter) end
 redis.call('HDEL', key, 'blocked', 'fingerprint', 'blocked_at', 'manual', 'letter', 'code', 'type', 'description',
@@ -49,4 +56,4 @@ redis.call('HSET', key, 'probing', 1)
 recount_login(login)
 tell_accounts()
 place(login)
-return { 'unblocked' }
+return recorded(actor, 'unblock', login, { 'unblocked' })
