@@ -42,7 +42,7 @@ class Poller:
         self.apply(accounts)
         khipu = KhipuClient(khipu_url, verify=verify)
         timetable = self.world.timetable
-        self.wiring = Wiring(settings, timetable, khipu, AccessTokens(khipu), CredentialStore(secrets, None))
+        self.wiring = Wiring(settings, timetable, khipu, AccessTokens(khipu), CredentialStore(secrets, None), True)
 
     def apply(self, accounts: str) -> None:
         self.world.apply(parse_accounts(accounts, "accounts.toml", callback_configured=True))
@@ -51,7 +51,7 @@ class Poller:
         """Other secrets from here on."""
         credentials = CredentialStore(secrets, None)
         wiring = self.wiring
-        self.wiring = Wiring(wiring.settings, wiring.timetable, wiring.khipu, wiring.access_tokens, credentials)
+        self.wiring = Wiring(wiring.settings, wiring.timetable, wiring.khipu, wiring.access_tokens, credentials, True)
 
     def poll(self, alias: str) -> BaseException | None:
         """Poll the account now: it is due, or its wait is over."""
