@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from tools import tool
 
 from worker.cli import main
 
@@ -27,13 +26,8 @@ VARIABLES = {"$__rate_interval": "5m", "$institution": ".*"}
 
 @pytest.fixture(scope="module")
 def promtool() -> str:
-    """The distribution's promtool; without it: skipped on a laptop, failed in CI, which installs it."""
-    found = shutil.which("promtool")
-    if found is None:
-        if os.environ.get("CI"):
-            pytest.fail("no promtool: .ci/run should have installed it")
-        pytest.skip("no promtool on this machine (Debian: apt-get install prometheus)")
-    return found
+    """The distribution's promtool."""
+    return tool("promtool", package="Debian: apt-get install prometheus")
 
 
 def alerts() -> list[dict[str, object]]:
