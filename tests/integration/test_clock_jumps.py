@@ -279,7 +279,8 @@ def test_a_dead_worker_is_believed_for_as_long_as_ever(world: JumpingWorld, beat
     until_ms = int(world.client.zscore("workers", "dead 4"))
     world.jump(by_ms)
     beat.claim()
-    assert 0 <= int(world.client.zscore("workers", "dead 4")) - by_ms - until_ms < SLACK_MS
+    # A jump is measured by two clocks to the millisecond, so it may be one less.
+    assert -1 <= int(world.client.zscore("workers", "dead 4")) - by_ms - until_ms < SLACK_MS
 
 
 # --------------------------------------------------------------------------------- the scripts alone, without a beat
