@@ -451,8 +451,8 @@ local function spend(login, limits)
 end
 
 local function probe_pause(probes)
-  local pauses = {}
-  for pause in string.gmatch(redis.call('HGET', 'config', 'probe_pauses'), '%d+') do pauses[#pauses + 1] = pause end
+  local pauses, written = {}, redis.call('HGET', 'config', 'probe_pauses') or '600000'
+  for pause in string.gmatch(written, '%d+') do pauses[#pauses + 1] = pause end
   return tonumber(pauses[math.min(probes + 1, #pauses)])
 end
 
