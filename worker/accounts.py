@@ -231,14 +231,15 @@ class Limits(Table):
 
 
 class Login(Table):
-    """`[logins.X]`: how requests of this login say who we are. `token_days`: warn so long before a token ends.
+    """`[logins.X]`: how requests of this login say who we are, and how many of them a day there may be.
 
-    `token_url`: where `client-credentials` get their access tokens.
+    `token_days`: warn so long before a token ends. `token_url`: where `client-credentials` get their access tokens.
     """
 
     scheme: Annotated[Scheme, Field(description='write "api-key", "bearer" or "client-credentials"')] = "api-key"
     token_days: Annotated[int, _count(1, 366)] = 14
     token_url: Annotated[UrlField | None, Field(description="write https://…, or http:// to loopback only")] = None
+    daily_requests: Annotated[int | None, _count(1, 1_000_000_000)] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,14 @@ from typing import Any, Literal, cast
 import structlog
 from celery.beat import Scheduler
 
-from worker import logs
+from worker import capacity, logs
 from worker.accounts import load_accounts
 from worker.celery import Wiring, exiting_on_mistakes, wiring
 from worker.clock import ClockWatch, Jump, Reading
 from worker.errors import ConfigurationError, Kind, Outcome, Refused, StoreUnavailable
 from worker.policy import Publish, decide
-from worker.timetable import CLAIM_BATCH, Claim, Lapse
+from worker.settings import is_sandbox_file
+from worker.timetable import CLAIM_BATCH, Claim, Lapse, News
 
 log = structlog.get_logger()
 
@@ -118,6 +119,8 @@ class TimetableScheduler(Scheduler):
             self.hold(jump, claim)
         for lapse in claim.lapsed:
             self.conclude(lapse)
+        for news in claim.news:
+            report(news)
         if claim.dispatched or claim.resent:
             level = logging.INFO if claim.resent else logging.DEBUG  # what is resent was lost, which is rare
             log.log(level, "claimed", dispatched=claim.dispatched, resent=claim.resent)
@@ -170,6 +173,17 @@ class TimetableScheduler(Scheduler):
         return "    . timetable -> Redis, at the latest every second"
 
 
+def report(news: News) -> None:
+    """Logs, once, what the scripts found when a limit was reached or left."""
+    match news.what:
+        case "breaker opened":
+            log.error("institution held", institution=news.institution, cause=news.cause, logins=news.logins)
+        case "breaker closed":
+            log.info("institution back", institution=news.institution)
+        case _:
+            log.warning("daily budget spent", login=news.login or None, until=news.until)
+
+
 class DefinitionsFile:
     """The accounts file under a running beat: applied when its content changes, the last good one kept.
 
@@ -189,6 +203,7 @@ class DefinitionsFile:
         self._accounts = load_accounts(self._path, callback_configured=self._is_callback)
         self._step: Literal["read", "apply", "done"] = "apply"
         self._is_start = True
+        self._warn_of_load()
 
     def apply_when_changed(self) -> None:
         """Looks at the file, and applies what is new. Raises `StoreUnavailable`, and tries again next time."""
@@ -229,7 +244,15 @@ class DefinitionsFile:
             return False
         is_other = accounts.digest != self._accounts.digest
         self._accounts = accounts
+        if is_other:
+            self._warn_of_load()
         return is_other
+
+    def _warn_of_load(self) -> None:
+        """Says what can never be kept up with; it is polled all the same, as far as that goes."""
+        if not is_sandbox_file(self._path):  # whose bank answers at once
+            for detail in capacity.impossible(self._accounts):
+                log.warning("impossible load", detail=detail)
 
     def _is_believable(self) -> bool:
         """Whether nothing is missing, or the file has been quiet for long enough to mean it."""

@@ -444,10 +444,9 @@ def tell(results: Results, done: str, is_json: bool) -> NoReturn:
     sys.exit(1 if any(reason for _, reason in told) else 0)
 
 
-def chosen(timetable: Timetable, aliases: tuple[str, ...], is_all: bool) -> Sequence[str]:
+def need_names(aliases: tuple[str, ...], is_all: bool) -> None:
     if is_all == bool(aliases):
         raise click.UsageError("name accounts, or say --all")
-    return ops.all_aliases(timetable) if is_all else aliases
 
 
 @main.command()
@@ -468,7 +467,7 @@ def poll(timetable: Timetable, alias: str, is_json: bool) -> None:
 
 @main.command()
 @click.argument("aliases", nargs=-1, shell_complete=aliases_known)
-@click.option("--all", "is_all", is_flag=True, help="Every account.")
+@click.option("--all", "is_all", is_flag=True, help="Everything at once, accounts to come included.")
 @as_json
 @with_timetable
 def pause(timetable: Timetable, aliases: tuple[str, ...], is_all: bool, is_json: bool) -> None:
@@ -478,12 +477,16 @@ def pause(timetable: Timetable, aliases: tuple[str, ...], is_all: bool, is_json:
     Example:
       balances pause acme-operating acme-payroll
     """
-    tell(ops.each(timetable, ops.pause(timetable), chosen(timetable, aliases, is_all)), "paused", is_json)
+    need_names(aliases, is_all)
+    if is_all:
+        ops.pause_all(timetable)
+        tell([(ops.EVERY_ACCOUNT, None)], "paused; go on with: balances resume --all", is_json)
+    tell(ops.each(timetable, ops.pause(timetable), aliases), "paused", is_json)
 
 
 @main.command()
 @click.argument("aliases", nargs=-1, shell_complete=aliases_known)
-@click.option("--all", "is_all", is_flag=True, help="Every paused account.")
+@click.option("--all", "is_all", is_flag=True, help="Take `pause --all` off; without one, every paused account.")
 @as_json
 @with_timetable
 def resume(timetable: Timetable, aliases: tuple[str, ...], is_all: bool, is_json: bool) -> None:
@@ -493,10 +496,9 @@ def resume(timetable: Timetable, aliases: tuple[str, ...], is_all: bool, is_json
     Example:
       balances resume acme-operating
     """
-    names = chosen(timetable, aliases, is_all)
-    if is_all:
-        names = [row.alias for row in ops.accounts(timetable) if row.state == "paused"]
-    tell(ops.each(timetable, ops.resume(timetable), names), "resumed", is_json)
+    need_names(aliases, is_all)
+    results = ops.resume_all(timetable) if is_all else ops.each(timetable, ops.resume(timetable), aliases)
+    tell(results, "resumed", is_json)
 
 
 @main.command()

@@ -68,14 +68,15 @@ class Watch:
             self._polls.popleft()
 
     def _start_round(self) -> None:
-        self._blocked = ops.blocked_logins(self._timetable)
+        self._blocked, self._is_paused = ops.blocked_logins(self._timetable), self._timetable.is_paused()
         self._todo.extend(ops.all_aliases(self._timetable))
         for alias in self.rows.keys() - set(self._todo):
             for known in (self.rows, self.queues, self._ended):
                 known.pop(alias, None)
 
     def _see(self, alias: str, fields: dict[str, str], now_ms: int) -> None:
-        row = self.rows[alias] = ops.account_row(alias, fields, fields["login"] in self._blocked, now_ms)
+        is_blocked = fields["login"] in self._blocked
+        row = self.rows[alias] = ops.account_row(alias, fields, is_blocked, now_ms, is_paused=self._is_paused)
         self.queues.pop(alias, None)
         if "queue" in fields:
             self.queues[alias] = fields["queue"]

@@ -15,15 +15,15 @@ from typing import Any
 
 import redis
 
-from worker import stream
+from worker import capacity, stream
 from worker.accounts import Accounts, Definition, load_accounts
 from worker.credentials import CredentialStore, token_end
 from worker.errors import ConfigurationError, MissingSecret, Refused
 from worker.policy import DeadLetterQueue
 from worker.server import Finding, check_server
-from worker.settings import Settings, format_duration
+from worker.settings import Settings, format_duration, is_sandbox_file
 from worker.stream import group_lag
-from worker.timetable import Timetable
+from worker.timetable import Breaker, Reached, Timetable
 
 #: The share of the stream's retention that a consumer group may be behind.
 LARGEST_LAG = 0.5
@@ -41,6 +41,8 @@ ADVICE = {
     "parked": "it awaits a notification; bring it back with: balances release {alias}",
     "paused": "it is paused; go on with: balances resume {alias}",
     "blocked": "its login {login} is blocked; after the fix: balances unblock {login}",
+    "everything paused": "everything is paused; go on with: balances resume --all",
+    "gap": "its last poll began at {begun}, and its min_gap lets the next one begin at {gap_end}",
 }
 
 #: What an order asks of an account, said before the advice where the account's state does not tell it.
@@ -50,6 +52,9 @@ WANTED = {
     "discard": "it has no dead letter",
     "purge": "only what was removed from the accounts file, and is over, is purged",
 }
+
+#: What an order to all of them is said to have been given to.
+EVERY_ACCOUNT = "every account"
 
 #: States in which an account's next step is a due time of its own.
 PLANNED = frozenset({"scheduled", "waiting", "awaiting"})
@@ -131,7 +136,8 @@ class Reason:
 class Story:
     """One account, with why it is where it is and what can be done.
 
-    `underneath`: the state that lives on under a pause or a block, and `due` its due time. `holder`: the account in
+    `underneath`: the state that lives on under a pause or a block, and `due` its due time. `limits`: sentences about
+    those that hold it back, a pause that lies over everything among them. `holder`: the account in
     flight for this login, '' for none. `reason`: of a dead letter. `block`: of the login where it is blocked, by the
     credential `blocked_by` ("bank", "key"); `is_manual` where only an operator lifts it.
     `tries`, `waits`, `losses`: the counters of `policy.Counters`. `attempts`: newest first. `commands`: what to type.
@@ -152,6 +158,7 @@ class Story:
     losses: int
     attempts: tuple[AttemptRow, ...]
     commands: tuple[str, ...]
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +203,9 @@ class AuditRow:
 def accounts(timetable: Timetable, aliases: Sequence[str] | None = None) -> list[AccountRow]:
     """Every account, or those named; raises `Refused` for one that is not defined."""
     now_ms = timetable.now_ms()
-    blocked = blocked_logins(timetable)
+    blocked, is_paused = blocked_logins(timetable), timetable.is_paused()
     return [
-        account_row(alias, _defined(alias, fields), fields["login"] in blocked, now_ms)
+        account_row(alias, _defined(alias, fields), fields["login"] in blocked, now_ms, is_paused=is_paused)
         for alias, fields in timetable.accounts(aliases)
         if aliases is not None or "definition" in fields  # one may have been retired while the others were read
     ]
@@ -249,14 +256,17 @@ def standing(timetable: Timetable, aliases: Sequence[str]) -> list[Standing]:
     found = {alias: fields for alias, fields in timetable.accounts(aliases) if "definition" in fields}
     blocked = timetable.blocked()
     logins = timetable.logins({fields["login"] for fields in found.values()} & blocked.keys())
-    return [_standing(alias, found[alias], logins, now_ms) for alias in aliases if alias in found]
+    is_paused = timetable.is_paused()
+    return [_standing(alias, found[alias], logins, now_ms, is_paused=is_paused) for alias in aliases if alias in found]
 
 
-def _standing(alias: str, fields: dict[str, str], logins: Mapping[str, dict[str, str]], now_ms: int) -> Standing:
+def _standing(
+    alias: str, fields: dict[str, str], logins: Mapping[str, dict[str, str]], now_ms: int, *, is_paused: bool
+) -> Standing:
     login = logins.get(fields["login"], {})
-    row = account_row(alias, fields, "blocked" in login, now_ms)
+    row = account_row(alias, fields, "blocked" in login, now_ms, is_paused=is_paused)
     due_ms = int(fields["due"]) if row.next_due else None
-    return Standing(row, _why(row, fields, login), _commands(row, fields["state"])[0], due_ms)
+    return Standing(row, _why(row, fields, login), _commands(row, fields["state"], is_all_paused=is_paused)[0], due_ms)
 
 
 def _why(row: AccountRow, fields: Mapping[str, str], login: Mapping[str, str]) -> str:
@@ -293,9 +303,9 @@ def longest_awaited(timetable: Timetable, most: int) -> list[tuple[str, int]]:
     return timetable.longest_awaited(most)
 
 
-def account_row(alias: str, fields: Mapping[str, str], is_blocked: bool, now_ms: int) -> AccountRow:
-    """The row of a defined account, from the fields of its hash."""
-    state = "paused" if "paused" in fields else "blocked" if is_blocked else fields["state"]
+def account_row(alias: str, fields: Mapping[str, str], is_blocked: bool, now_ms: int, *, is_paused: bool) -> AccountRow:
+    """The row of a defined account, from the fields of its hash. `is_paused`: everything is."""
+    state = "paused" if is_paused or "paused" in fields else "blocked" if is_blocked else fields["state"]
     is_planned = state in PLANNED
     overdue_ms = int(fields.get("overdue_at", now_ms))
     return AccountRow(
@@ -316,12 +326,15 @@ def story(timetable: Timetable, alias: str) -> Story:
     """One account's story; raises `Refused` for one that is not defined."""
     [(_, fields)] = timetable.accounts([alias])
     login = timetable.logins().get(_defined(alias, fields)["login"], {})
-    row = account_row(alias, fields, "blocked" in login, timetable.now_ms())
+    now_ms, reached = timetable.now_ms(), timetable.reached()
+    is_all_paused = reached.paused_at_ms is not None
+    row = account_row(alias, fields, "blocked" in login, now_ms, is_paused=is_all_paused)
     definition = Definition.model_validate_json(fields["definition"])
     return Story(
         row=row,
         underneath=fields["state"],
         due=iso(int(fields["due"])) if fields["state"] in PLANNED else None,
+        limits=tuple(_held_by(reached, fields, login, now_ms)),
         interval=_interval(definition),
         holder=login.get("holder", "").partition(" ")[0],
         reason=_reason(fields, fields["suspended_at"], fields["queue"]) if "letter" in fields else None,
@@ -333,8 +346,37 @@ def story(timetable: Timetable, alias: str) -> Story:
         max_waits=timetable.retry().max_waits,
         losses=int(fields["losses"]),
         attempts=tuple(map(_attempt_row, timetable.history(alias))),
-        commands=_commands(row, fields["state"]),
+        commands=_commands(row, fields["state"], is_all_paused=is_all_paused),
     )
+
+
+def _held_by(reached: Reached, fields: Mapping[str, str], login: Mapping[str, str], now_ms: int) -> Iterator[str]:
+    """What holds the account back besides its own state, in words."""
+    institution = fields["source"].removeprefix("/khipu/")
+    if reached.paused_at_ms is not None:
+        yield f"{_pause_words(reached.paused_at_ms)}."
+    if reached.is_all_spent:
+        yield f"{_budget_words(None, reached)}."
+    elif fields["login"] in reached.spent_logins:
+        yield f"{_budget_words(fields['login'], reached)}."
+    if institution in reached.breakers:
+        yield f"{_breaker_words(institution, reached.breakers[institution])}."
+    elif login.get("held_by") == "rate" and int(login["not_before"]) > now_ms:
+        turn = iso(int(login["not_before"]))
+        yield f"The rate of institution {institution} is used up; the turn of login {fields['login']} comes at {turn}."
+
+
+def _pause_words(paused_at_ms: int) -> str:
+    return f"everything is paused since {iso(paused_at_ms)}; go on with: balances resume --all"
+
+
+def _budget_words(login: str | None, reached: Reached) -> str:
+    return f"daily budget of {f'login {login}' if login else 'all logins'} spent until {reached.next_day}"
+
+
+def _breaker_words(institution: str, breaker: Breaker) -> str:
+    since = iso(breaker.opened_at_ms)
+    return f"institution {institution} is held since {since} ({breaker.cause}), and probed with one poll at a time"
 
 
 def _interval(definition: Definition) -> str:
@@ -352,7 +394,7 @@ def _attempt_row(entry: str) -> AttemptRow:
     return AttemptRow(iso(int(ended_ms)), int(poll), int(attempt), int(duration_ms) / 1000, outcome)
 
 
-def _commands(row: AccountRow, underneath: str) -> tuple[str, ...]:
+def _commands(row: AccountRow, underneath: str, *, is_all_paused: bool) -> tuple[str, ...]:
     """What an operator can type about this account now, the likeliest first."""
     alias = row.alias
     commands = {
@@ -360,6 +402,8 @@ def _commands(row: AccountRow, underneath: str) -> tuple[str, ...]:
         "parked": (f"balances release {alias}", f"balances dead discard {alias}"),
         "scheduled": (f"balances poll {alias}",) if row.state == "scheduled" else (),
     }.get(underneath, ())
+    if is_all_paused:
+        return ("balances resume --all", *commands)
     if row.state == "blocked":
         commands = (f"balances unblock {row.login}", *commands)
     return (f"balances resume {alias}", *commands) if row.state == "paused" else (*commands, f"balances pause {alias}")
@@ -457,6 +501,8 @@ def _why_not(timetable: Timetable, order: Order, alias: str, state: str) -> str:
     if state == "unknown" and "blocked" in logins.get(alias, {}):
         return f"this is a login, and its letter goes with its block: balances unblock {alias}"
     [(_, fields)] = timetable.accounts([alias])
+    if state == "everything paused":
+        return ADVICE[state]
     parts = [WANTED[order.name]] if order.name in WANTED and state not in {"unknown", "retired"} else []
     if not (parts and state == "scheduled"):
         parts.append(ADVICE[state])
@@ -466,8 +512,19 @@ def _why_not(timetable: Timetable, order: Order, alias: str, state: str) -> str:
 
 
 def _filled(advice: str, alias: str, fields: Mapping[str, str]) -> str:
-    due = datetime.fromtimestamp(int(fields.get("due", 0)) / 1000, UTC)
-    return advice.format(alias=alias, login=fields.get("login", ""), due=f"{due:%Y-%m-%d %H:%M:%S} UTC")
+    begun_ms = int(fields.get("begun_at", 0))
+    gap_end_ms = begun_ms + int(fields.get("min_gap", 0))
+    return advice.format(
+        alias=alias,
+        login=fields.get("login", ""),
+        due=_moment(int(fields.get("due", 0))),
+        begun=_moment(begun_ms),
+        gap_end=_moment(gap_end_ms),
+    )
+
+
+def _moment(ms: int) -> str:
+    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def poll(timetable: Timetable) -> Order:
@@ -483,6 +540,19 @@ def pause(timetable: Timetable) -> Order:
 def resume(timetable: Timetable) -> Order:
     """Takes the pause off an account."""
     return Order("resume", timetable.resume)
+
+
+def pause_all(timetable: Timetable) -> None:
+    """Pauses everything with one switch, what is defined later included."""
+    timetable.pause_all()
+
+
+def resume_all(timetable: Timetable) -> Iterator[tuple[str, str | None]]:
+    """Takes off the pause that lies over everything; where there is none, that of every account that has its own."""
+    if timetable.resume_all():
+        yield EVERY_ACCOUNT, None
+        return
+    yield from each(timetable, resume(timetable), [row.alias for row in accounts(timetable) if row.state == "paused"])
 
 
 def redrive(timetable: Timetable, *, dry_run: bool = False) -> Order:
@@ -559,21 +629,28 @@ def sync(settings: Settings, timetable: Timetable, *, force: bool) -> tuple[Acco
 def check(settings: Settings, accounts: Accounts, credentials: CredentialStore, client: redis.Redis) -> list[Finding]:
     """Looks at everything that must be right before, and while, the processes run. The configuration was read."""
     findings = [Finding("configuration", True, f"{len(accounts.definitions)} accounts in {settings.accounts_path}")]
-    findings += _check_limits(accounts)
+    if not is_sandbox_file(settings.accounts_path):  # whose bank answers at once
+        findings += [Finding("load", False, detail) for detail in capacity.impossible(accounts)]
     findings += _check_secrets(accounts, credentials)
     findings += check_server(client)
     if findings[-1].name != "server":  # it could be asked
         findings += _check_groups(client, settings.stream)
-        now_ms = Timetable(client, stream=settings.stream).now_ms()
-        findings += _check_tokens(accounts, credentials, now_ms)
+        timetable = Timetable(client, stream=settings.stream)
+        findings += _check_tokens(accounts, credentials, timetable.now_ms())
+        findings += _check_limits(timetable.reached())
     return findings
 
 
-def _check_limits(accounts: Accounts) -> Iterator[Finding]:
-    """A limit that is written down and does nothing is worse than none."""
-    for name in ("rate", "daily_requests"):
-        if getattr(accounts.limits, name) is not None:
-            yield Finding("limits", False, f"limits.{name} is read, but not enforced yet; leave it out")
+def _check_limits(reached: Reached) -> Iterator[Finding]:
+    """What keeps polls from going out although they are due."""
+    if reached.paused_at_ms is not None:
+        yield Finding("pause", False, _pause_words(reached.paused_at_ms))
+    for institution, breaker in reached.breakers.items():
+        yield Finding("institution", False, _breaker_words(institution, breaker))
+    for login in sorted(reached.spent_logins):
+        yield Finding("budget", False, _budget_words(login, reached))
+    if reached.is_all_spent:
+        yield Finding("budget", False, _budget_words(None, reached))
 
 
 def _check_groups(client: redis.Redis, stream: str) -> Iterator[Finding]:

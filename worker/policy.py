@@ -43,6 +43,15 @@ class Credential(StrEnum):
     KEY = "key"
 
 
+class Cause(StrEnum):
+    """What an account's failure may have in common with others: with its login's (generic), or its institution's."""
+
+    GENERIC = "generic"
+    UNAVAILABLE = "unavailable"
+    GATEWAY = "gateway"
+    UNREADABLE = "unreadable"
+
+
 class Ladders(Protocol):
     """The `[retry]` table of the accounts file, as far as deciding needs it."""
 
@@ -63,7 +72,8 @@ class Counters:
     """What an account has been through since its last balance.
 
     `tries`: short retries since the last wait · `waits`: long waits in a row · `losses`: polls in a row that never
-    ended · `attempt`: requests of this poll, from 1 · `last`: code of the failure before this one, '' for none.
+    ended · `attempt`: requests of this poll, from 1 · `last`: code of the failure before this one, '' for none ·
+    `generic`: failures of its login in a row, whichever account's, that may each have been a bad log-on.
     """
 
     tries: int = 0
@@ -71,6 +81,7 @@ class Counters:
     losses: int = 0
     attempt: int = 1
     last: str = ""
+    generic: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,15 @@ Decision = Publish | Retry | DeadLetter | Block
 LOG_ON_ERROR = re.compile(r"E1\d\d")
 #: "JWT expired, revoked or invalid".
 TOKEN_ERROR = "A000"  # noqa: S105 - a code, not a secret
+#: "Custom error", "generic error", "scraping timeout": banks answer a bad password so, too.
+GENERIC_ERRORS = frozenset({"E000", "E999", "T000"})
+#: The bank itself is unavailable, for whoever asks.
+TARGET_ERROR = re.compile(r"E2\d\d")
+
+#: So many generic failures in a row cost a login what a bad log-on may: the last one waits (banks lock after 3–5).
+MAX_GENERIC = 3
+#: A held institution is probed at least this often.
+LONGEST_PROBE_PAUSE = timedelta(minutes=10)
 
 #: What a code is counted by: Khipu's hundreds, and HTTP's.
 CLASSIFIED = re.compile(r"(E[0-9]|HTTP_[1-5])[0-9]{2}")
@@ -146,6 +166,26 @@ def decide(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) 
     assert_never(outcome.kind)
 
 
+def cause_of(outcome: Outcome) -> Cause | None:
+    """What this failure may say about more than its own account; None for nothing."""
+    match outcome.kind:
+        case Kind.ANSWERED if outcome.code in GENERIC_ERRORS:
+            return Cause.GENERIC
+        case Kind.ANSWERED if TARGET_ERROR.fullmatch(outcome.code):
+            return Cause.UNAVAILABLE
+        case Kind.SERVER_ERROR:
+            return Cause.GATEWAY
+        case Kind.UNREADABLE:
+            return Cause.UNREADABLE
+        case _:
+            return None
+
+
+def probe_pauses(retry: Ladders) -> tuple[timedelta, ...]:
+    """Pauses between two probes of an institution that is held; the last one repeats."""
+    return tuple(min(pause, LONGEST_PROBE_PAUSE) for pause in retry.transient)
+
+
 def is_contract_drift(outcome: Outcome) -> bool:
     """Whether Khipu answered with a type that this table does not know."""
     return outcome.kind is Kind.ANSWERED and outcome.type not in set(ErrorType)
@@ -184,6 +224,8 @@ def _answered(outcome: Outcome, counters: Counters, jitter: float, retry: Ladder
     if outcome.code == TOKEN_ERROR:
         return Block(Credential.KEY)
     match outcome.type:
+        case ErrorType.RETRY_IMMEDIATELY if _spends_a_log_on(outcome, counters):
+            return _wait(outcome, counters, jitter, retry)
         case ErrorType.RETRY_IMMEDIATELY:
             return _climb(outcome, retry.immediately, counters, jitter, retry)
         case ErrorType.DO_NOT_RETRY:
@@ -192,6 +234,11 @@ def _answered(outcome: Outcome, counters: Counters, jitter: float, retry: Ladder
             return DeadLetter(DeadLetterQueue.AFTER_NOTIFICATION)
         case _:  # WAIT_4_HOURS_BEFORE_RETRY, and every type that is missing or unknown
             return _wait(outcome, counters, jitter, retry)
+
+
+def _spends_a_log_on(outcome: Outcome, counters: Counters) -> bool:
+    """Whether this is one generic failure too many: banks report a bad password as a time-out or a generic error."""
+    return outcome.code in GENERIC_ERRORS and counters.generic + 1 >= MAX_GENERIC
 
 
 def _lost(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) -> Decision:

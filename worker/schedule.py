@@ -11,9 +11,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from itertools import islice, pairwise, takewhile
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim
@@ -22,6 +25,9 @@ from worker.accounts import Definition
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+_DAY_MS = 86_400_000
+_YEAR_MS = 366 * _DAY_MS
+_DENSITY_FROM_MS = (datetime(2026, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
 
 
 def next_slot_ms(definition: Definition, after_ms: int) -> int:
@@ -36,6 +42,30 @@ def interval_ms(definition: Definition, after_ms: int) -> int:
     slots = _slots_ms(definition, after_ms)
     first = next(slots)
     return next(slots) - first
+
+
+@dataclass(frozen=True, slots=True)
+class Density:
+    """A schedule at its busiest: the shortest interval, and the most slots of a day."""
+
+    interval_ms: int
+    a_day: float
+
+
+def density(definition: Definition) -> Density:
+    """How dense the account's schedule is; for cron, by its first two thousand slots of one year."""
+    if definition.every_ms is not None:
+        return Density(definition.every_ms, _DAY_MS / definition.every_ms)
+    return _cron_density(definition.cron or "", definition.timezone or "")
+
+
+@lru_cache(maxsize=1024)
+def _cron_density(expression: str, timezone: str) -> Density:
+    some = islice(_cron_ms(expression, ZoneInfo(timezone), _DENSITY_FROM_MS), 2000)
+    slots = list(takewhile(lambda slot: slot < _DENSITY_FROM_MS + _YEAR_MS, some))
+    days = Counter(slot // _DAY_MS for slot in slots)
+    shortest_ms = min((later - slot for slot, later in pairwise(slots)), default=_YEAR_MS)
+    return Density(shortest_ms, max(days.values(), default=0))
 
 
 def phase_ms(alias: str, every_ms: int) -> int:

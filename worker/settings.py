@@ -293,8 +293,16 @@ def _where_accounts_are(values: Mapping[str, object]) -> dict[str, object]:
         return {"is_sandbox": False}
     if ACCOUNTS_FILE.exists():
         return {"accounts_path": ACCOUNTS_FILE, "is_sandbox": False}
-    beside_package = Path(__file__).parent.parent / SANDBOX_FILE
-    return {"accounts_path": SANDBOX_FILE if SANDBOX_FILE.exists() else beside_package, "is_sandbox": True}
+    return {"accounts_path": SANDBOX_FILE if SANDBOX_FILE.exists() else _beside_package(), "is_sandbox": True}
+
+
+def _beside_package() -> Path:
+    return Path(__file__).parent.parent / SANDBOX_FILE
+
+
+def is_sandbox_file(path: Path) -> bool:
+    """Whether this is the sandbox's own accounts file, which `balances up` names to its processes."""
+    return path.resolve() in {SANDBOX_FILE.resolve(), _beside_package().resolve()}
 
 
 def _validate(values: Mapping[str, object], environ: Mapping[str, str], problems: list[Problem]) -> Settings | None:

@@ -301,6 +301,7 @@ def account_story(story: Story, now: datetime) -> RenderableType:
 
 def _told(story: Story, now: datetime) -> Iterator[str]:
     """The sentences, what lies on top first."""
+    yield from map(_sentence, story.limits)
     if story.row.state == "paused":
         yield f"It is paused; underneath it is {story.underneath}. Nothing is asked before it is resumed."
     if story.block:
@@ -313,6 +314,10 @@ def _told(story: Story, now: datetime) -> Iterator[str]:
     if counted := list(_counted(story)):
         yield f"Since its last balance: {', '.join(counted)}."
     yield f"Last balance: {_beside(story.row.last_ok, now)}." if story.row.last_ok else "It has no balance yet."
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _counted(story: Story) -> Iterator[str]:
@@ -359,7 +364,8 @@ def _step_told(story: Story, now: datetime) -> Iterator[str]:
 
 def _due(story: Story, due: str, now: datetime) -> str:
     """When the next step is due, and what lies over it."""
-    when = _beside(due, now) if datetime.fromisoformat(due) > now or story.row.overdue else "at once"
+    soon = "as soon as that allows" if story.limits else "at once"
+    when = _beside(due, now) if datetime.fromisoformat(due) > now or story.row.overdue else soon
     return f"{when}, but only {WHEN[story.row.state]}" if story.row.state in WHEN else when
 
 

@@ -56,6 +56,7 @@ from worker.timetable import (
     Begun,
     CredentialRefused,
     Event,
+    HeldBack,
     OtherScheme,
     Postponed,
     Suspension,
@@ -223,6 +224,9 @@ def begin(wiring: Wiring, token: Token) -> Attempt:
                 _schemes[token.login] = begun.scheme
             case CredentialRefused():
                 refuse(wiring, token, begun, offer)
+            case HeldBack():
+                log.info("held back", why=begun.why, wait_s=round(begun.wait_ms / 1000))
+                raise Ignore()
             case None:
                 log.info("stale message ignored")
                 raise Ignore()
@@ -235,7 +239,7 @@ def begin(wiring: Wiring, token: Token) -> Attempt:
 
 def begin_once(
     wiring: Wiring, token: Token, caller: str, scheme: Scheme, prints: Fingerprints, callback: str
-) -> tuple[float, Begun | OtherScheme | CredentialRefused | None]:
+) -> tuple[float, Begun | OtherScheme | CredentialRefused | HeldBack | None]:
     """One call, and when it was made (monotonic): a repeated one is told what is left of the lease by then."""
     started_s = time.monotonic()
     return started_s, wiring.timetable.begin(

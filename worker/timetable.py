@@ -22,7 +22,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from hashlib import sha256
 from importlib import resources
@@ -106,10 +106,23 @@ class Lapse:
 
 
 @dataclass(frozen=True, slots=True)
+class News:
+    """What happened to a limit: `what` is "breaker opened" or "closed", "login budget spent", "total budget spent"."""
+
+    what: str
+    institution: str = ""
+    cause: str = ""
+    logins: int = 0
+    login: str = ""
+    until: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """What one claim did. `wait_ms`: until the next login is due, None for an empty timetable.
 
     `clock_ms`: what the server's clock said (whatever tests do to it), `jumped_ms`: its jumps that are known.
+    `news`: what the scripts have to say since the last claim, for the log.
     """
 
     dispatched: int
@@ -118,6 +131,7 @@ class Claim:
     lapsed: tuple[Lapse, ...]
     clock_ms: int
     jumped_ms: int
+    news: tuple[News, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +169,40 @@ class OtherScheme:
     """The login's scheme is this one, not the one offered; nothing was begun."""
 
     scheme: Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBack:
+    """Over a limit for `wait_ms` more; nothing was begun, and nothing is lost.
+
+    `why`: "rate", "breaker", "login budget", "total budget".
+    """
+
+    why: str
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """Why an institution is held and probed, and since when."""
+
+    cause: str
+    opened_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The limits that are reached now.
+
+    `paused_at_ms`: since when everything is paused. `breakers`: by institution ("cl/business/bank.cl"). `spent_logins`:
+    those whose own daily budget is spent; `is_all_spent`: the one of all logins. `next_day`: when budgets begin anew.
+    """
+
+    paused_at_ms: int | None
+    breakers: Mapping[str, Breaker]
+    spent_logins: frozenset[str]
+    is_all_spent: bool
+    next_day: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,8 +364,8 @@ class Timetable:
         expected = "" if expected_ms is None else expected_ms
         templates = (self._message, self._settling)
         row = self._run("claim", most, *templates, SETTLE_AGAIN_MS, expected, clock.TOLERANCE_MS)
-        dispatched, resent, wait_ms, lapsed, clock_ms, jumped_ms = row
-        rest = tuple(map(_read_lapse, lapsed)), clock_ms, jumped_ms
+        dispatched, resent, wait_ms, lapsed, clock_ms, jumped_ms, news = row
+        rest = tuple(map(_read_lapse, lapsed)), clock_ms, jumped_ms, tuple(map(_read_news, news))
         return Claim(dispatched, resent, None if wait_ms < 0 else wait_ms, *rest)
 
     def hold(self, jump: clock.Jump, seen: Claim) -> int | None:
@@ -394,7 +442,7 @@ class Timetable:
 
     def begin(
         self, token: Token, *, caller: str, scheme: Scheme, bank: str, key: str, callback: str = ""
-    ) -> Begun | OtherScheme | CredentialRefused | None:
+    ) -> Begun | OtherScheme | CredentialRefused | HeldBack | None:
         """Begins the poll, once per token; the same caller, "worker id", may repeat. None: the token is stale.
 
         `bank` and `key` are fingerprints of what this worker would send ('' for none, or `MISSING`); `callback` is the
@@ -408,6 +456,8 @@ class Timetable:
                 return OtherScheme(result[1])
             case "refused":
                 return CredentialRefused(Credential(result[1]), int(result[2]))
+            case "held":
+                return HeldBack(result[1], int(result[2]))
             case _:
                 return None
 
@@ -425,9 +475,10 @@ class Timetable:
         pipeline = self.client.pipeline(transaction=False)
         pipeline.hgetall(key)
         pipeline.hmget(f"account:{token.account}", "tries", "waits", "losses", "last_outcome")
+        pipeline.hget(f"login:{token.login}", "generic")
         pipeline.hmget("config", "retry", "limits")
-        answer, counters, config = _guard(pipeline.execute)
-        return _read_unsettled(token, answer, counters, config) if answer else None
+        answer, counters, generic, config = _guard(pipeline.execute)
+        return _read_unsettled(token, answer, (*counters, generic), config) if answer else None
 
     def forget_answer(self, token: Token, hashes: Iterable[str]) -> None:
         """Lets go of bodies that were settled; the rest, which came meanwhile, is settled by another message."""
@@ -462,7 +513,7 @@ class Timetable:
     ) -> Postponed | None:
         """Lets the account wait. None: the token is stale, nothing changed."""
         tried = (counters.tries, counters.waits, counters.losses)
-        ended = (outcome.code, _by(is_answer), policy.class_of(outcome))
+        ended = (outcome.code, _by(is_answer), policy.class_of(outcome), policy.cause_of(outcome) or "")
         return _read_postponed(self._run("postpone", *token.args, countdown_ms, *tried, *ended))
 
     def conclude(
@@ -551,6 +602,7 @@ class Timetable:
             how,
             by,
             policy.class_of(outcome),
+            policy.cause_of(outcome) or "",
         )
         return cast(Suspension, result[0]) if result[0] == state else _read_postponed(result)
 
@@ -663,6 +715,14 @@ class Timetable:
         """Resumes the account. Returns None, or the state that refuses it."""
         return _read_refusal(self._run("resume", alias, self._actor))
 
+    def pause_all(self) -> None:
+        """Pauses everything, what is defined later included."""
+        self._run("pause_all", self._actor)
+
+    def resume_all(self) -> bool:
+        """Takes off the pause that lies over everything. False: there was none."""
+        return _read_refusal(self._run("resume_all", self._actor)) is None
+
     def poll(self, alias: str) -> str | None:
         """Makes a scheduled account due now. Returns None, or the state that refuses it."""
         return _read_refusal(self._run("poll", alias, self._actor))
@@ -725,6 +785,30 @@ class Timetable:
             names = cast(set[str], _guard(lambda: self.client.smembers("logins")))
         names = sorted(names)
         return dict(zip(names, self._hashes([f"login:{name}" for name in names]), strict=True))
+
+    def is_paused(self) -> bool:
+        """Whether everything is."""
+        return self._config("paused_at")["paused_at"] is not None
+
+    def reached(self) -> Reached:
+        """The limits that are reached now."""
+        now_ms = self.now_ms()
+        today = datetime.fromtimestamp(now_ms / 1000, UTC).date()
+        pipeline = self.client.pipeline(transaction=False)
+        pipeline.hmget("config", "paused_at", "daily_requests")
+        pipeline.smembers("breakers")
+        pipeline.hgetall("budgets")
+        pipeline.hgetall(f"requests:{today}")
+        (paused_at, total), institutions, budgets, used = _guard(pipeline.execute)
+        names = sorted(institutions)
+        breakers = zip(names, self._hashes([f"breaker:{name}" for name in names]), strict=True)
+        return Reached(
+            paused_at_ms=int(paused_at) if paused_at else None,
+            breakers={name: Breaker(fields["cause"], int(fields["opened_at"])) for name, fields in breakers if fields},
+            spent_logins=frozenset(name for name, most in budgets.items() if int(used.get(name, 0)) >= int(most)),
+            is_all_spent=bool(total) and int(used.get("*", 0)) >= int(total),
+            next_day=f"{today + timedelta(days=1)}T00:00Z",
+        )
 
     def letters(self, most: int = 0) -> Iterator[tuple[DeadLetterQueue, dict[str, Any]]]:
         """Every dead letter, or the oldest `most` of each queue, oldest first, as the Celery message that it is."""
@@ -842,6 +926,7 @@ def _definition_args(definition: Definition, now_ms: int) -> tuple[str | int, ..
         definition.scheme,
         definition.token_days or "",
         schedule.interval_ms(definition, slot_ms),
+        definition.min_gap_ms,
     )
 
 
@@ -852,24 +937,33 @@ def source_of(definition: Definition) -> str:
 
 def _config_args(accounts: Accounts) -> tuple[str | int, ...]:
     limits = accounts.limits
+    budgets = {name: login.daily_requests for name, login in accounts.logins.items() if login.daily_requests}
     return (
         accounts.retry.model_dump_json(),
         limits.model_dump_json(),
         limits.request_deadline_ms,
         limits.lease_margin_ms,
         limits.retention_ms,
+        limits.rate or "",
+        limits.daily_requests or "",
+        " ".join(f"{name} {requests}" for name, requests in sorted(budgets.items())),
+        " ".join(str(to_ms(pause)) for pause in policy.probe_pauses(accounts.retry)),
         accounts.digest,
     )
 
 
 def _read_lapse(row: Sequence[str]) -> Lapse:
-    login, alias, poll, attempt, state, tries, waits, losses = row
-    counters = Counters(int(tries), int(waits), int(losses), int(attempt))
+    login, alias, poll, attempt, state, tries, waits, losses, generic = row
+    counters = Counters(int(tries), int(waits), int(losses), int(attempt), generic=int(generic))
     return Lapse(Token(login, alias, int(poll), int(attempt)), cast(Literal["polling", "awaiting"], state), counters)
 
 
+def _read_news(text: str) -> News:
+    return News(**json.loads(text))
+
+
 def _read_begun(token: Token, row: Sequence[str]) -> Begun:
-    _, now_ms, lease_ms, generation, definition, retry, limits, tries, waits, losses, last = row
+    _, now_ms, lease_ms, generation, definition, retry, limits, tries, waits, losses, last, generic = row
     return Begun(
         token=token,
         now_ms=int(now_ms),
@@ -878,7 +972,7 @@ def _read_begun(token: Token, row: Sequence[str]) -> Begun:
         definition=Definition.model_validate_json(definition),
         retry=_read_retry(retry),
         limits=_read_limits(limits),
-        counters=Counters(int(tries), int(waits), int(losses), token.attempt, last),
+        counters=Counters(int(tries), int(waits), int(losses), token.attempt, last, int(generic)),
     )
 
 
@@ -903,7 +997,7 @@ def _answer_key(token: Token) -> str:
 def _read_unsettled(
     token: Token, answer: dict[str, str], counters: Sequence[str | None], config: Sequence[str | None]
 ) -> Unsettled:
-    tries, waits, losses, last = counters
+    tries, waits, losses, last, generic = counters
     retry, limits = config
     begun = Begun(
         token=token,
@@ -913,7 +1007,9 @@ def _read_unsettled(
         definition=Definition.model_validate_json(answer["definition"]),
         retry=_read_retry(retry or "{}"),
         limits=_read_limits(limits or "{}"),
-        counters=Counters(int(tries or 0), int(waits or 0), int(losses or 0), token.attempt, last or ""),
+        counters=Counters(
+            int(tries or 0), int(waits or 0), int(losses or 0), token.attempt, last or "", int(generic or 0)
+        ),
     )
     bodies = {
         name.removeprefix("body:"): text.encode("utf-8", "surrogateescape")

@@ -60,7 +60,8 @@ class Guarded(Machine):
         users = directory / "users.acl"
         users.write_text(filled(SHIPPED.read_text()))
         self.port, self.flower_port = free_port(), free_port()
-        limits = {"callback_grace": "1s", "login_hold": "2s", "request_deadline": "4s"}
+        limits: dict[str, str | int] = {"callback_grace": "1s", "login_hold": "2s", "request_deadline": "4s"}
+        limits |= {"rate": 60_000, "daily_requests": 60_000}  # never reached, but counted
         server = {"aclfile": str(users), "login": login("admin")}
         super().__init__(directory, ACCOUNTS, limits=limits, server=server)
 
@@ -139,6 +140,10 @@ def test_each_process_does_its_work_with_its_own_rights_alone(machine: Guarded) 
     machine.until_state("blocked", "blocked scheduled")
     for command in ("dead redrive dead", "release parked", "unblock blocked", "pause fine", "resume fine", "sync"):
         machine.done(*command.split())
+    for command in ("pause --all", "resume --all"):
+        machine.done(*command.split())
+    machine.store.sadd("breakers", "cl/business/forgotten.cl")
+    wait_until(lambda: not machine.store.exists("breakers"), PATIENCE_S, "beat to close a breaker that is forgotten")
     machine.notify("notified")
     for alias in ("dead", "parked", "notified", "blocked"):
         machine.until_entries(alias, 1)

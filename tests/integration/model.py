@@ -17,6 +17,7 @@ DEADLINE_MS = 190_000
 DAY_MS = 86_400_000
 LIFE_SPAN_MS, GRACE_MS, HOLD_MS = 30 * 60_000, 10 * 60_000, 10 * 60_000
 AGAIN_MS = 60_000
+PAUSE_LOOK_MS = 60_000
 MOST_BODIES = 4
 BEGUN = {"polling", "awaiting"}
 DEAD = {"suspended", "parked"}
@@ -43,6 +44,7 @@ class Account:
     overdue_at_ms: int | None = None  #: None: it is not looked at any more
     is_overdue: bool = False
     is_told: bool = False
+    begun_ms: int | None = None
 
     @property
     def alias(self) -> str:
@@ -61,7 +63,15 @@ class Account:
 
     def start_over(self, due_ms: int, now_ms: int) -> None:
         self.counters = (0, 0, 0)
-        self.step("scheduled", due_ms, now_ms)
+        self.schedule(due_ms, now_ms)
+
+    def schedule(self, due_ms: int, now_ms: int) -> None:
+        """No sooner than its gap after its last begin."""
+        self.step("scheduled", max(due_ms, self.gap_end_ms(now_ms)), now_ms)
+
+    def gap_end_ms(self, now_ms: int) -> int:
+        gap_ms = self.definition.min_gap_ms
+        return min(self.begun_ms, now_ms) + gap_ms if gap_ms and self.begun_ms is not None else 0
 
     def step(self, state: str, due_ms: int, now_ms: int) -> None:
         self.state, self.due_ms = state, due_ms
@@ -76,8 +86,10 @@ class Account:
 
     def void(self, now_ms: int) -> None:
         """A token that nobody has begun: the account stands where it stood before the claim."""
-        if self.state == "dispatched":
-            self.step("scheduled" if self.attempt == 1 else "waiting", self.due_ms, now_ms)
+        if self.state == "dispatched" and self.attempt == 1:
+            self.schedule(self.due_ms, now_ms)
+        elif self.state == "dispatched":
+            self.step("waiting", self.due_ms, now_ms)
 
 
 @dataclass
@@ -96,6 +108,7 @@ class Login:
     accepted: dict[str, str] = field(default_factory=dict)
     to_forgive: dict[str, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
+    not_before_ms: int = 0  #: while everything is paused
 
     def hold(self, token: Token, until_ms: int) -> None:
         self.holder, self.until_ms = token, until_ms
@@ -109,6 +122,7 @@ class Login:
 class Model:
     now_ms: int
     threads: int = 100
+    is_paused: bool = False
     accounts: dict[str, Account] = field(default_factory=dict)
     logins: dict[str, Login] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
@@ -149,7 +163,9 @@ class Model:
         if login.holder:
             return login.until_ms
         account = self.next_account(name)
-        return account.due_ms if account else None
+        if account is None or account.state == "awaiting":
+            return account.due_ms if account else None
+        return max(account.due_ms, login.not_before_ms)
 
     def _account(self, token: Token) -> Account | None:
         return self.accounts.get(token.account)
@@ -182,6 +198,7 @@ class Model:
         old, account.definition = account.definition, definition
         if account.state != "retired" and old == definition:
             return
+        old_gap_ms = old.min_gap_ms if account.state != "retired" else definition.min_gap_ms
         account.slot_ms, account.interval_ms = slot_ms, interval_ms
         if old.identity != definition.identity:
             account.generation += 1
@@ -189,7 +206,9 @@ class Model:
         if old.identity != definition.identity or account.state == "retired":
             account.start_over(slot_ms, self.now_ms)
         elif account.state == "scheduled" and old.every_ms != definition.every_ms:
-            account.step("scheduled", slot_ms, self.now_ms)
+            account.schedule(slot_ms, self.now_ms)
+        elif account.state == "scheduled" and old_gap_ms != definition.min_gap_ms:
+            account.schedule(account.due_ms, self.now_ms)
 
     # ------------------------------------------------------------------------------------------------ claim, begin
 
@@ -215,7 +234,10 @@ class Model:
             account = self.next_account(name)
             if account and account.due_ms <= self.now_ms and account.state == "awaiting":
                 lapsed.append(account.token)
+            elif account and account.due_ms <= self.now_ms and room > 0 and self.is_paused:
+                login.not_before_ms = self.now_ms + PAUSE_LOOK_MS
             elif account and account.due_ms <= self.now_ms and room > 0:
+                login.not_before_ms = 0
                 room, dispatched = room - 1, dispatched + 1
                 if account.state == "scheduled":
                     account.poll, account.attempt = max(account.poll + 1, self.now_ms), 1
@@ -255,6 +277,7 @@ class Model:
             return f"refused {'key' if key in self.failed else 'bank'} {login.refusals}"
         account.state, account.caller, account.was_woken = "polling", caller, False
         account.unwatch()
+        account.begun_ms = self.now_ms
         login.accepted = {"bank": bank, "key": key}
         login.is_begun, login.refusals, login.refused_by = True, 0, ""
         login.until_ms = self.now_ms + DEADLINE_MS + MARGIN_MS
@@ -333,7 +356,10 @@ class Model:
             self.events.append(("balance", operation, token.account, str(not is_current), str(is_changed)))
             result = "published" if is_current else "late"
         if is_current:
-            next_ms = schedule.next_slot_ms(definition, fetched_at_ms)
+            assert account.begun_ms is not None
+            next_ms = schedule.next_slot_ms(
+                definition, max(fetched_at_ms, account.begun_ms + definition.min_gap_ms - 1)
+            )
             if definition == account.definition:
                 account.interval_ms = schedule.interval_ms(definition, next_ms)
             account.start_over(next_ms if definition == account.definition else account.slot_ms, self.now_ms)
@@ -429,7 +455,9 @@ class Model:
 
     def tell_overdue(self) -> list[str]:
         """Those whose time is over and that may be polled are overdue; the ledger hears once of each spell."""
-        told = []
+        told: list[str] = []
+        if self.is_paused:
+            return told
         for account in sorted(self.accounts.values(), key=lambda account: (account.overdue_at_ms or 0, account.alias)):
             if account.overdue_at_ms is None or account.overdue_at_ms > self.now_ms:
                 continue
@@ -452,10 +480,32 @@ class Model:
         if refusal := self._refusal(alias, "scheduled"):
             return refusal
         account = self.accounts[alias]
+        if self.is_paused:
+            return "everything paused"
         if account.is_paused or self.logins[account.login].blocked:
             return "paused" if account.is_paused else "blocked"
-        account.step("scheduled", self.now_ms, self.now_ms)
+        if account.gap_end_ms(self.now_ms) > self.now_ms:
+            return "gap"
+        account.schedule(self.now_ms, self.now_ms)
         return None
+
+    def pause_all(self) -> None:
+        self.is_paused = True
+        for name, login in self.logins.items():
+            if login.holder and (holding := self._account(login.holder)) and holding.login == name:
+                holding.void(self.now_ms)
+        for account in self.accounts.values():
+            if account.is_overdue:
+                account.is_overdue, account.overdue_at_ms = False, self.now_ms
+
+    def resume_all(self) -> bool:
+        was_paused, self.is_paused = self.is_paused, False
+        for account in self.accounts.values():
+            if was_paused and account.overdue_at_ms is not None and account.overdue_at_ms <= self.now_ms:
+                account.watch(self.now_ms)
+        for login in self.logins.values():
+            login.not_before_ms = 0 if was_paused else login.not_before_ms
+        return was_paused
 
     def pause(self, alias: str) -> str | None:
         refusal = self._refusal(alias, "scheduled", "dispatched", "waiting", *BEGUN, *DEAD)
@@ -466,10 +516,15 @@ class Model:
         return refusal
 
     def resume(self, alias: str) -> str | None:
-        if alias in self.accounts and self.accounts[alias].is_paused:
-            self.accounts[alias].is_paused = False
-            if self.is_planned(self.accounts[alias]):
-                self.accounts[alias].watch(self.now_ms)
+        account = self.accounts.get(alias)
+        if account and self.is_paused:
+            return "everything paused"
+        if account and account.is_paused:
+            account.is_paused = False
+            if self.is_planned(account) and account.state == "scheduled":
+                account.schedule(account.due_ms, self.now_ms)
+            elif self.is_planned(account):
+                account.watch(self.now_ms)
             return None
         return self._refusal(alias)
 

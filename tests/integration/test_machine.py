@@ -73,6 +73,7 @@ def entry(alias: str) -> st.SearchStrategy[Entry]:
         st.sampled_from(("15m", "5m")),
         st.just(INSTITUTIONS[alias]),
         st.sampled_from(("callback", "callback", "sync")),
+        st.sampled_from(("0s", "0s", "0s", "7m")),
     )
 
 
@@ -104,6 +105,7 @@ class Promises:
     """What holds between one look at the server and the next, whatever the rules are."""
 
     def __init__(self) -> None:
+        self.is_paused = False
         self.begun: set[tuple[str, int, int]] = set()
         self.leases: dict[str, dict[Token, int]] = {}
         self.before: Everything | None = None
@@ -126,6 +128,7 @@ class Promises:
 
     def begin(self, token: Token, now_ms: int, lease_ms: int) -> None:
         """A worker was told to send: nobody was told so before, and nobody of this login is under way."""
+        assert not self.is_paused, f"{token} was begun while everything was paused"
         assert token.args[1:] not in self.begun, f"{token} was begun twice"
         self.begun.add(token.args[1:])
         leases = self.leases.setdefault(token.login, {})
@@ -134,6 +137,7 @@ class Promises:
 
     def look(self, event: str, now: Everything, now_ms: int) -> None:
         before, self.before = self.before, now
+        self.is_paused = {"pause_all": True, "resume_all": False}.get(event, self.is_paused)
         operations = [event_id for _, event_id, type_ in events_of(now) if type_ == "balance.observed.v1"]
         assert len(operations) == len(set(operations)), operations
         self.listen([event for event, _, _ in events_of(now)][self.read :], now_ms)
@@ -164,6 +168,7 @@ class Promises:
         what = (event, alias, old, new)
         if new["state"] == "dispatched" and new_token != old_token:
             assert event == "claim", what
+            assert not self.is_paused, what
             assert old["state"] in {"scheduled", "waiting"}, what
             assert "paused" not in old, what
             assert "blocked" not in before.logins[old["login"]], what
@@ -489,7 +494,7 @@ class TimetableMachine(RuleBasedStateMachine):
         assert sorted(body.decode() for body in unsettled.bodies.values()) == sorted(self.model.bodies[token])
         name, body = next(iter(unsettled.bodies.items()))
         if how == "settle":
-            self._settle(unsettled.begun, times, f"{token.task_id} {token.attempt} {body.decode()}", ("X",), amount)
+            self._settle(unsettled.begun, times, f"{token.task_id}.{token.attempt}.{body.decode()}", ("X",), amount)
         elif how == "postpone":
             self._postpone(token, times, 20 * SECOND, (1, 0, 0), is_answer=True)
         elif how != "nothing":
@@ -575,6 +580,22 @@ class TimetableMachine(RuleBasedStateMachine):
         if account is None or account.state == "retired":
             return False
         return account.state in states if states else account.is_paused == (what == "resume")
+
+    @precondition(lambda self: self.model.queue or self.open)
+    @rule(times=TIMES)
+    def pause_everything(self, times: int) -> None:
+        self.both("pause_all", times, self.timetable.pause_all, self.model.pause_all)
+
+    @precondition(lambda self: self.model.is_paused)
+    @rule(times=TIMES)
+    def resume_everything(self, times: int) -> None:
+        self.both("resume_all", times, self.timetable.resume_all, self.model.resume_all)
+
+    @precondition(lambda self: self.model.is_paused)
+    @rule()
+    def resume_everything_soon(self) -> None:
+        """So that most of what happens does not happen under it."""
+        self.resume_everything(1)
 
     @precondition(lambda self: any(account.state in {"parked", "polling"} for account in self.model.accounts.values()))
     @rule(

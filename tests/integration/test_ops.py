@@ -396,17 +396,26 @@ def test_check_finds_a_server_that_evicts(settings: Settings, tmp_path: Path) ->
     assert found["persistence"][0]
 
 
-def test_check_finds_a_group_that_falls_behind_and_a_limit_that_nobody_enforces(
-    settings: Settings, store: redis.Redis, world: World
-) -> None:
+def test_check_finds_a_group_that_falls_behind(settings: Settings, store: redis.Redis, world: World) -> None:
     world.settle(world.start("one"))
     store.xgroup_create(STREAM, "ledger", "0")
     assert findings(settings, store)["consumer group"][0]
     store.hset("config", "retention_ms", 1)
     assert findings(settings, store)["consumer group"][0] is False
-    limited = replace(read("one"), limits=Limits(rate=60))
-    found = ops.check(settings, limited, CredentialStore({}, None), store)
-    assert "limits.rate" in next(finding.detail for finding in found if finding.name == "limits")
+
+
+def test_check_finds_an_impossible_load_and_every_limit_that_is_reached(
+    settings: Settings, store: redis.Redis, world: World
+) -> None:
+    file = replace(read("one", "two"), limits=Limits(daily_requests=1))
+    world.apply(file)
+    world.start("one")
+    world.timetable.pause_all()
+    found = ops.check(settings, file, CredentialStore({}, None), store)
+    wrong = {finding.name: finding.detail for finding in found if not finding.is_right}
+    assert wrong["load"] == "all logins: 2 accounts ask 192 times a day, limits.daily_requests allows 1"
+    assert wrong["pause"].startswith("everything is paused since 20")
+    assert wrong["budget"].startswith("daily budget of all logins spent until 20")
 
 
 def test_check_finds_a_server_that_does_not_answer(settings: Settings) -> None:

@@ -13,9 +13,11 @@ import pytest
 import redis
 import test_audit as trail
 import test_backlog as backlog
+import test_breaker as breakers
 import test_callbacks as callbacks
 import test_clock_jumps as clock
 import test_counts as counts
+import test_limits as limits
 import test_overdue as overdue
 import test_purge as remains
 import test_timetable as rules
@@ -25,6 +27,7 @@ from servers import ValkeyServer
 from test_machine import IS_LONG, profile, run
 from world import World, read
 
+from worker import ops
 from worker.policy import Credential
 
 Check = Callable[[World], object]
@@ -132,8 +135,8 @@ FAULTS = [
     Fault(
         "claim without the room",
         "claim",
-        "  elseif room > 0 then\n    dispatch(",
-        "  else\n    dispatch(",
+        "  elseif room > 0 and may_go(login, l, institution_of(a.source), due) then\n    dispatch(",
+        "  elseif may_go(login, l, institution_of(a.source), due) then\n    dispatch(",
         rules.test_never_more_messages_than_threads_of_live_workers,
     ),
     Fault(
@@ -419,7 +422,7 @@ FAULTS = [
     Fault(
         "block leaves a dispatched token valid",
         "suspend",
-        "    void_holder()\n",
+        "    void_holder(login)\n",
         "",
         rules.test_a_log_on_error_blocks_whatever_its_token_says,
     ),
@@ -786,6 +789,342 @@ FAULTS = [
         "",
         lambda world: counts.test_a_callback_is_awaited_until_it_comes_and_unsettled_until_it_is_settled(world.client),
     ),
+    # ----------------------------------------------------------------------------------------------------- limits
+    Fault(
+        "apply keeps the slots of another rate",
+        "apply",
+        "    let_go({ rate = true })\n",
+        "",
+        limits.test_another_rate_gives_new_slots,
+        found=False,
+    ),
+    Fault(
+        "apply keeps holding for a budget that is larger now",
+        "apply",
+        "    let_go({ ['login budget'] = true, ['total budget'] = true })\n",
+        "",
+        limits.test_a_larger_budget_lets_go_at_once,
+        found=False,
+    ),
+    Fault(
+        "apply forgets the very first budgets",
+        "apply",
+        "ARGV[i + 2]) end\n  set_budgets()\n",
+        "ARGV[i + 2]) end\n",
+        limits.test_a_spent_budget_holds_its_login_until_the_next_day_and_no_other,
+        found=False,
+    ),
+    Fault(
+        "apply leaves due what a longer gap forbids",
+        "apply",
+        "    step(d.alias, d.login, 'scheduled', tonumber(a.due))\n",
+        "",
+        limits.test_a_longer_gap_binds_what_was_due_already,
+        found=False,
+    ),
+    Fault(
+        "claim does not know that everything is paused",
+        "claim",
+        "  if limits.is_paused then return now + PAUSE_LOOK_MS, 'pause' end\n",
+        "",
+        limits.test_nothing_goes_out_while_everything_is_paused,
+    ),
+    Fault(
+        "claim does not know that a budget is spent",
+        "claim",
+        "  if spent then return tomorrow(due), spent end\n",
+        "",
+        limits.test_a_spent_budget_holds_its_login_until_the_next_day_and_no_other,
+        found=False,
+    ),
+    Fault(
+        "claim does not know that a breaker is open",
+        "claim",
+        "  if is_open[institution] then return next_probe_at(institution), 'breaker' end\n",
+        "",
+        breakers.test_what_is_held_keeps_its_state_and_due_and_loses_nothing,
+        found=False,
+    ),
+    Fault(
+        "claim does not space its dispatches",
+        "claim",
+        "  if limits.rate then return slot_at(l, institution), 'rate' end\n",
+        "",
+        limits.test_a_login_without_a_slot_is_moved_to_its_own_and_looked_at_no_sooner,
+        found=False,
+    ),
+    Fault(
+        "claim forgets the probe that it sends",
+        "claim",
+        "  if is_open[institution] then send_probe(institution, token(alias, poll, attempt)) end\n",
+        "",
+        breakers.test_it_is_probed_with_one_poll_at_a_time_after_growing_pauses,
+        found=False,
+    ),
+    Fault(
+        "claim lets those wait that are behind a full institution",
+        "claim",
+        "math.min(at_first + held_back, most)",
+        "math.min(at_first, most)",
+        limits.test_logins_that_wait_for_their_slots_take_nobodys_room,
+        found=False,
+    ),
+    Fault(
+        "a jump of the clock leaves licences behind",
+        "hold",
+        "      if not is_new(members[i + 1]) then move_score(kind .. institution, members[i]) end\n",
+        "",
+        limits.test_a_jump_of_the_clock_gives_no_licence_twice,
+        found=False,
+    ),
+    Fault(
+        "the pause over everything makes accounts overdue",
+        "overdue",
+        "if hold_left() > 0 or redis.call('HEXISTS', 'config', 'paused_at') == 1 then",
+        "if hold_left() > 0 then",
+        limits.test_nobody_is_overdue_while_everything_is_paused,
+    ),
+    Fault(
+        "claim keeps a breaker that is forgotten",
+        "claim",
+        "  if not is_open[institution] then close_breaker(institution) end\n",
+        "",
+        breakers.test_a_breaker_that_nobody_probes_for_a_day_is_forgotten,
+        found=False,
+    ),
+    Fault(
+        "a new day begins with A",
+        "shared",
+        "  return midnight() + math.floor(math.max(0, math.min(share, 1)) * 60000)\n",
+        "  return midnight()\n",
+        limits.test_a_new_day_begins_with_who_is_due_for_longest,
+        found=False,
+    ),
+    Fault(
+        "begin asks for no licence",
+        "begin",
+        "  if free_at > now then return 'rate', free_at end\n",
+        "",
+        limits.test_who_finds_no_licence_gives_the_account_back_as_it_was,
+        found=False,
+    ),
+    Fault(
+        "begin forgets the licences that it gives",
+        "begin",
+        "  if limits.rate then use_licence(institution, held) end\n",
+        "",
+        limits.test_who_finds_no_licence_gives_the_account_back_as_it_was,
+        found=False,
+    ),
+    Fault(
+        "begin keeps the place of what it gives back",
+        "begin",
+        "  free(login, held)\n  hold_back(",
+        "  hold_back(",
+        limits.test_who_finds_no_licence_gives_the_account_back_as_it_was,
+        found=False,
+    ),
+    Fault(
+        "begin gives back what is then sent at once",
+        "begin",
+        "  hold_back(login, not_before, why)\n",
+        "",
+        limits.test_who_finds_no_licence_gives_the_account_back_as_it_was,
+        found=False,
+    ),
+    Fault(
+        "begin does not know that a budget is spent",
+        "begin",
+        "  if spent then return spent, tomorrow(a.due) end\n",
+        "",
+        limits.test_what_was_dispatched_before_the_budget_was_spent_gives_its_account_back,
+        found=False,
+    ),
+    Fault(
+        "begin does not count requests",
+        "begin",
+        "  spend(login, limits)\n",
+        "",
+        limits.test_a_spent_budget_holds_its_login_until_the_next_day_and_no_other,
+        found=False,
+    ),
+    Fault(
+        "begin lets anybody through an open breaker",
+        "begin",
+        "    if b.probe ~= held then",
+        "    if false then",
+        breakers.test_what_was_dispatched_before_gives_its_account_back,
+        found=False,
+    ),
+    Fault(
+        "pause_all leaves tokens valid",
+        "pause_all",
+        "for _, login in ipairs(redis.call('SMEMBERS', 'logins')) do void_holder(login) end\n",
+        "",
+        limits.test_nothing_goes_out_while_everything_is_paused,
+    ),
+    Fault(
+        "resume_all leaves logins where claim put them",
+        "resume_all",
+        "let_go({ pause = true })\n",
+        "",
+        limits.test_resuming_everything_brings_all_back_at_once_but_who_was_paused_alone,
+    ),
+    Fault(
+        "resume under a pause over everything",
+        "resume",
+        "if a.state and redis.call('HEXISTS', 'config', 'paused_at') == 1 then",
+        "if false then",
+        partial(limits.test_under_it_one_account_cannot_be_resumed_or_polled, order=ops.resume),
+    ),
+    Fault(
+        "poll under a pause over everything",
+        "poll",
+        "  if redis.call('HEXISTS', 'config', 'paused_at') == 1 then return 'everything paused' end\n",
+        "",
+        partial(limits.test_under_it_one_account_cannot_be_resumed_or_polled, order=ops.poll),
+    ),
+    Fault(
+        "poll within the gap",
+        "poll",
+        "  if gap_end(a) > now then return 'gap' end\n",
+        "",
+        limits.test_poll_is_refused_inside_the_gap_and_says_when,
+        found=False,
+    ),
+    Fault(
+        "postpone does not say what failed",
+        "postpone",
+        "  note_failure(login, a.source, token(alias, poll, attempt), ARGV[12])\n",
+        "",
+        limits.test_generic_failures_are_counted_by_login_until_one_of_its_accounts_succeeds,
+        found=False,
+    ),
+    Fault(
+        "suspend does not say what failed",
+        "suspend",
+        "  note_failure(login, a.source, held, ARGV[17])\n",
+        "",
+        breakers.test_dead_letters_count_like_waits,
+        found=False,
+    ),
+    Fault(
+        "settle does not say that it works again",
+        "settle",
+        "  note_success(login, source)\n",
+        "",
+        breakers.test_a_success_lets_everybody_go_at_once,
+        found=False,
+    ),
+    Fault(
+        "place does not wait for a slot",
+        "shared",
+        "    if is_held_back(alias, at, l.not_before) then at = l.not_before end\n",
+        "",
+        partial(limits.test_nothing_makes_a_login_earlier_than_its_slot_and_nothing_loses_it, event="poll"),
+    ),
+    Fault(
+        "place lets a deadline wait for a slot",
+        "shared",
+        "\n    and redis.call('HGET', 'account:' .. alias, 'state') ~= 'awaiting'\n",
+        "\n",
+        limits.test_a_deadline_asks_nothing_and_waits_for_no_slot,
+        found=False,
+    ),
+    Fault(
+        "a licence of the clock's future is worth nothing",
+        "shared",
+        "    redis.call('ZADD', key, whole(now), each)\n",
+        "    redis.call('ZREM', key, each)\n",
+        limits.test_a_clock_that_was_put_back_gives_no_licence_twice,
+        found=False,
+    ),
+    Fault(
+        "min_gap binds regular slots only",
+        "shared",
+        "  if state == 'scheduled' then due = math.max(due, gap_end(a)) end\n",
+        "",
+        partial(limits.test_min_gap_binds_whatever_makes_an_account_due, event="redrive"),
+    ),
+    Fault(
+        "a gap as long as the clock was put back",
+        "shared",
+        "math.min(begun_at, now) + gap",
+        "begun_at + gap",
+        limits.test_a_clock_that_was_put_back_makes_no_gap_longer,
+    ),
+    Fault(
+        "the pause over everything voids what its account left behind",
+        "shared",
+        "  if holder and redis.call('HGET', 'account:' .. holder, 'login') == login then",
+        "  if holder then",
+        limits.test_a_moved_account_is_voided_where_it_is_now,
+        found=False,
+    ),
+    Fault(
+        "a success does not end a row of generic failures",
+        "shared",
+        "  redis.call('HDEL', 'login:' .. login, 'generic')\n",
+        "",
+        limits.test_generic_failures_are_counted_by_login_until_one_of_its_accounts_succeeds,
+        found=False,
+    ),
+    Fault(
+        "a breaker counts accounts, not logins",
+        "shared",
+        "whole(now), cause .. ' ' .. login)",
+        "whole(now), cause .. ' ' .. held)",
+        partial(breakers.test_nothing_less_holds_an_institution, history=breakers.one_login),
+        found=False,
+    ),
+    Fault(
+        "a breaker adds causes up",
+        "shared",
+        "    if string.match(each, '^%S+') == cause then",
+        "    if true then",
+        partial(breakers.test_nothing_less_holds_an_institution, history=breakers.two_causes),
+        found=False,
+    ),
+    Fault(
+        "a breaker never forgets",
+        "shared",
+        "  redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now - BREAKER_MS))\n",
+        "",
+        partial(breakers.test_nothing_less_holds_an_institution, history=breakers.too_slowly),
+        found=False,
+    ),
+    Fault(
+        "a breaker opens in spite of a success between",
+        "shared",
+        "  redis.call('DEL', 'failing:' .. institution)\n",
+        "",
+        partial(breakers.test_nothing_less_holds_an_institution, history=breakers.with_a_success_between),
+        found=False,
+    ),
+    Fault(
+        "a closed breaker leaves logins where claim put them",
+        "shared",
+        "  let_go({ breaker = true })\n",
+        "",
+        breakers.test_a_success_lets_everybody_go_at_once,
+        found=False,
+    ),
+    Fault(
+        "a breaker waits for ever for a probe that is gone",
+        "shared",
+        "  return a.poll == poll and a.attempt == attempt and",
+        "  return true or",
+        partial(breakers.test_a_probe_that_is_gone_is_followed_by_another, how="paused"),
+        found=False,
+    ),
+    Fault(
+        "a probe's pause counts from its beginning",
+        "shared",
+        "whole(now + probe_pause(tonumber(b.probes))))\n  elseif",
+        "b.next_probe or 0)\n  elseif",
+        breakers.test_the_pause_begins_anew_at_the_probes_end,
+        found=False,
+    ),
 ]
 
 #: Found by the machine within a second, so that the normal run shows that it can fail.
@@ -818,6 +1157,7 @@ def arguments_of(check: Check, store: redis.Redis, server: ValkeyServer, monkeyp
     prepare = {
         "test_callbacks": lambda: callbacks.CallbackWorld(store, "a", "b"),
         "test_overdue": lambda: overdue.prepared(store),
+        "test_breaker": lambda: breakers.arranged(store),
     }
     world = prepare.get(function.__module__, lambda: World(store))()
     fixtures = {"world": world, "valkey_server": server, "monkeypatch": monkeypatch}

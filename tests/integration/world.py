@@ -22,6 +22,7 @@ from worker.timetable import (
     Claim,
     CredentialRefused,
     Event,
+    HeldBack,
     OtherScheme,
     Postponed,
     Settled,
@@ -80,6 +81,7 @@ class Entry:
     every: str = "15m"
     institution: str = BANK
     mode: str = "sync"
+    min_gap: str = "0s"
 
 
 def read_entries(*entries: Entry, head: str = "") -> Accounts:
@@ -92,7 +94,7 @@ def read_entries(*entries: Entry, head: str = "") -> Accounts:
             login=entry.login,
             every=entry.every,
             institution=entry.institution,
-            more=f'mode = "{entry.mode}"',
+            more=f'mode = "{entry.mode}"\nmin_gap = "{entry.min_gap}"',
         )
         for entry in entries
     )
@@ -181,7 +183,7 @@ class World:
         now_ms = self.timetable.now_ms()
         return Begun(self.token(alias), now_ms, LEASE_MS, generation, definition, Retry(), Limits(), Counters())
 
-    def begin(self, token: Token, caller: str = "caller") -> Begun | CredentialRefused | OtherScheme | None:
+    def begin(self, token: Token, caller: str = "caller") -> Begun | CredentialRefused | HeldBack | OtherScheme | None:
         return self.timetable.begin(
             token, caller=caller, scheme="api-key", bank=self.bank, key=self.key, callback=self.callback(token)
         )
@@ -345,6 +347,8 @@ class Everything:
         expected = min(due.values(), default=None)
         if "probing" in state:
             expected = due.get(state.get("probe", ""), expected)
+        if expected is not None and not self.asks_nothing(login, expected):
+            expected = max(expected, float(state.get("not_before", 0)))
         if "holder" in state:
             expected = float(state["until"])
         if "blocked" in state:
@@ -353,6 +357,11 @@ class Everything:
         assert ("holder" in state) == ("until" in state), (login, state)
         assert "holder" in state or state.keys().isdisjoint({"begun", "refusals", "refused_by"}), (login, state)
         assert all(self.accounts[alias]["login"] == login for alias in due), (login, due)
+
+    def asks_nothing(self, login: str, due_ms: float) -> bool:
+        """Whether the login's next step is the deadline of an awaited callback, which no limit holds back."""
+        first = min((at, alias) for alias, at in self.due[login].items() if at == due_ms)[1]
+        return self.accounts[first]["state"] == "awaiting"
 
     def check_account(self, alias: str) -> None:
         """Exactly one next step: a due time, a place held, or a letter; unless it is paused."""

@@ -29,8 +29,11 @@ local function move_all(key)
   for _, member in ipairs(redis.call('ZRANGE', key, 0, -1)) do move_score(key, member) end
 end
 
+local institutions = {}
+
 local function move_account(alias, login)
   local key = 'account:' .. alias
+  institutions[institution_of(redis.call('HGET', key, 'source'))] = true
   if is_new(redis.call('HGET', key, 'moved_at')) then return end
   for _, name in ipairs({ 'due', 'overdue_at', 'moved_at', 'begun_at' }) do move_field(key, name) end
   move_score('due:' .. login, alias)
@@ -45,7 +48,21 @@ local function move_place(login)
   if alias and not is_new(redis.call('HGET', 'account:' .. alias, 'moved_at')) then move_field(key, 'until') end
 end
 
+-- How far the rates are used up, who failed lately, and when breakers let a probe out.
+local function move_institution(institution)
+  for _, kind in ipairs({ 'licences:', 'failing:' }) do
+    local members = redis.call('ZRANGE', kind .. institution, 0, -1, 'WITHSCORES')
+    for i = 1, #members, 2 do
+      if not is_new(members[i + 1]) then move_score(kind .. institution, members[i]) end
+    end
+  end
+  move_field('slots', institution)
+  for _, name in ipairs({ 'opened_at', 'next_probe' }) do move_field('breaker:' .. institution, name) end
+end
+
+-- Who was held back is looked at anew.
 local function move(login)
+  redis.call('HDEL', 'login:' .. login, 'not_before', 'held_by')
   move_place(login)
   for _, alias in ipairs(redis.call('SMEMBERS', 'aliases:' .. login)) do move_account(alias, login) end
   move_all('failures:' .. login)
@@ -54,6 +71,7 @@ end
 
 if (redis.call('HGET', 'config', 'jumped') or '0') ~= known then return { 'known' } end
 for _, login in ipairs(redis.call('SMEMBERS', 'logins')) do move(login) end
+for institution in pairs(institutions) do move_institution(institution) end
 -- Those that live say so again within seconds.
 move_all('workers')
 -- What is counted by its age keeps its age.

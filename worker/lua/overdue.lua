@@ -30,7 +30,7 @@ local function look(alias)
   end
 end
 
-if hold_left() > 0 then return { 0, told } end
+if hold_left() > 0 or redis.call('HEXISTS', 'config', 'paused_at') == 1 then return { 0, told } end
 local late = redis.call('ZRANGE', 'overdue:at', '-inf', whole(now), 'BYSCORE', 'LIMIT', 0, most)
 for _, alias in ipairs(late) do look(alias) end
 return { #late, told }

@@ -7,6 +7,9 @@ local actor, alias = take_actor(), ARGV[1]
 local key = 'account:' .. alias
 local a = fields(key, 'state', 'login', 'paused', 'due', 'answered', 'poll', 'attempt')
 
+if a.state and redis.call('HEXISTS', 'config', 'paused_at') == 1 then
+  return recorded(actor, 'resume', alias, { 'refused', 'everything paused' })
+end
 if not a.paused then return recorded(actor, 'resume', alias, { 'refused', a.state or 'unknown' }) end
 redis.call('HDEL', key, 'paused')
 local holder = redis.call('HGET', 'login:' .. a.login, 'holder')

@@ -97,6 +97,7 @@ if current then
   remember_end(alias, poll, attempt, a.begun_at, 'ok')
   count_end(alias, a.begun_at, 'ok|none|ok')
   schedule_next()
+  note_success(login, source)
 elseif defined then
   recount(alias)
 end

@@ -7,9 +7,11 @@
 --                        refusals, refused_by (caller) · scheme, token_days ('' without a token), token_expires
 --                        (unix seconds, where a worker knows it) · bank, key (fingerprints last accepted) ·
 --                        blocked (bank|key), fingerprint, blocked_at, code, type, description, manual, letter,
---                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried)
+--                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried) ·
+--                        not_before (ms), held_by (rate|login budget|total budget|breaker|pause): nothing of it goes
+--                        out before · generic (failures in a row that may be a bad log-on)
 --   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot,
---                        interval (ms) · state, due, moved_at (when it came to that), paused · overdue_at (ms),
+--                        interval, min_gap (ms) · state, due, moved_at (when it came to that), paused · overdue_at (ms),
 --                        overdue (since when, as the ledger was told; until it hears otherwise) · poll, attempt,
 --                        caller, begun_at, first_at, releases (how many there had been when it began),
 --                        callback (digest), answered · tries, waits, losses · last_ok, last_outcome, last_at ·
@@ -35,9 +37,18 @@
 --   released:<scope>     string: number of that scope's last release
 --   config               hash: version (of all this), retry, limits (JSON), *_ms, content, serial · claimed_at, looked
 --                        (logins that the last claim had passed over, where more were due than it looked at) · jumped
---                        (ms, of all jumps of the clock together), hold_until, trim_from (ms)
+--                        (ms, of all jumps of the clock together), hold_until, trim_from (ms) · rate, daily_requests,
+--                        login_budgets, probe_pauses · paused_at (ms): everything is paused
 --   contents             sorted set: digests applied
 --   audit                stream: actor, action, subject, outcome, at (ms), of every order that an operator gave
+--   slots                hash: bank → when the next dispatch may go to it (ms), where `rate` is limited
+--   licences:<bank>   sorted set: token → when its request was licensed (ms), of the last minute
+--   budgets              hash: login → its daily_requests
+--   requests:<date>      hash: login → requests licensed on that day (UTC), "*" for all of them; while a budget is set
+--   failing:<bank>    sorted set: "cause login" → when it failed so (ms), since the bank's last success
+--   breakers             set: banks whose breaker is open; one that nobody probes for a day is forgotten
+--   breaker:<bank>    hash: cause, opened_at, probes (how many went out), next_probe (ms), probe (token in flight)
+--   news                 list: what beat is to log, JSON
 --   workers              sorted set: "host threads" → until when it is alive (ms, real time); 0 threads: takes no polls
 --   begins               sorted set: worker → when it last began a poll (ms)
 --   institutions         set: every institution ever defined
@@ -54,6 +65,7 @@
 --   token_expires        sorted set: login → when its token ends (s)
 --   counts               hash: things that happened, counted
 --   clock:offset         string: ms that tests move the one clock by
+-- <bank> is "country/segment/institution".
 
 local QUEUE, ANSWERS = 'balances.polls', 'balances.answers'
 local DAY_MS = 86400000
@@ -150,16 +162,23 @@ local function next_account(login, probing, probe)
   return first[1], first[2]
 end
 
+-- An awaited callback's deadline asks nothing of the bank, so nothing holds it back.
+local function is_held_back(alias, at, not_before)
+  return at and not_before and tonumber(not_before) > tonumber(at)
+    and redis.call('HGET', 'account:' .. alias, 'state') ~= 'awaiting'
+end
+
 -- Rule 1, and the end of every script: where the login stands in the timetable follows from its state alone.
 local function place(login)
-  local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe')
-  local at
+  local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before')
+  local alias, at
   if l.blocked then
     at = nil
   elseif l.holder then
     at = l['until']
   else
-    at = select(2, next_account(login, l.probing, l.probe))
+    alias, at = next_account(login, l.probing, l.probe)
+    if is_held_back(alias, at, l.not_before) then at = l.not_before end
   end
   if at then
     redis.call('ZADD', 'timetable', at, login)
@@ -281,11 +300,19 @@ local function unwatch(alias)
   redis.call('ZREM', 'overdue:at', alias)
 end
 
+-- When a new poll of the account may begin at the earliest (ms): min_gap after the last one began.
+local function gap_end(a)
+  local gap, begun_at = tonumber(a.min_gap or 0), tonumber(a.begun_at)
+  return gap > 0 and begun_at and math.min(begun_at, now) + gap or 0
+end
+
 -- Gives the account its next step, under whatever lies over it: a paused one keeps it, out of sight of beat.
 local function step(alias, login, state, due)
+  local a = fields('account:' .. alias, 'paused', 'begun_at', 'min_gap')
+  if state == 'scheduled' then due = math.max(due, gap_end(a)) end
   redis.call('HSET', 'account:' .. alias, 'state', state, 'due', whole(due), 'moved_at', whole(now))
   watch(alias, due)
-  if redis.call('HEXISTS', 'account:' .. alias, 'paused') == 0 then
+  if not a.paused then
     redis.call('ZADD', 'due:' .. login, whole(due), alias)
   end
   recount(alias)
@@ -314,11 +341,194 @@ local function void(alias, login)
   end
 end
 
+-- The same for whatever token holds the login's place.
+local function void_holder(login)
+  local held = redis.call('HGET', 'login:' .. login, 'holder')
+  local holder = held and string.match(held, '^(%S+)')
+  if holder and redis.call('HGET', 'account:' .. holder, 'login') == login then void(holder, login) end
+end
+
 -- Sends word that an answer waits to be settled; many words do no harm, `answers` is the truth.
 local function push_settling(template, login, alias, poll, attempt)
   redis.call('LPUSH', ANSWERS, fill(template, {
     login = login, account = alias, poll = poll, attempt = attempt, retries = '0',
   }))
+end
+
+----------------------------------------------------------------------------------------------- what may go out
+
+-- A minute of `rate`, with two seconds more for the way from the licence to the bank; dispatches are a little further
+-- apart, so that what waits in the queue for a moment finds its licence all the same.
+local WINDOW_MS, PACE_MS = 62000, 63000
+-- So many logins that fail for one cause within so long open their institution's breaker.
+local BREAKER_LOGINS, BREAKER_MS = 5, 600000
+-- Beat logs the newest of what it has not logged yet.
+local MOST_NEWS = 100
+
+local function report(what)
+  redis.call('RPUSH', 'news', cjson.encode(what))
+  redis.call('LTRIM', 'news', -MOST_NEWS, -1)
+end
+
+-- "country/segment/institution", from the `source` of an account's events.
+local function institution_of(source)
+  return string.sub(source, #'/khipu/' + 1)
+end
+
+local function limits_in_force()
+  local c = fields('config', 'lease_margin_ms', 'paused_at', 'rate', 'daily_requests', 'login_budgets')
+  return { margin_ms = tonumber(c.lease_margin_ms), is_paused = c.paused_at ~= nil, rate = tonumber(c.rate),
+    daily_requests = tonumber(c.daily_requests), has_login_budgets = (c.login_budgets or '') ~= '' }
+end
+
+-- Keeps the login's place in the timetable from being earlier; its accounts keep their states and due times.
+local function hold_back(login, not_before, why)
+  redis.call('HSET', 'login:' .. login, 'not_before', whole(not_before), 'held_by', why)
+end
+
+-- Lets every login go that is held back for one of these reasons.
+local function let_go(reasons)
+  for _, login in ipairs(redis.call('SMEMBERS', 'logins')) do
+    local why = redis.call('HGET', 'login:' .. login, 'held_by')
+    if why and reasons[why] then
+      redis.call('HDEL', 'login:' .. login, 'not_before', 'held_by')
+      place(login)
+    end
+  end
+end
+
+-- Moment from which this institution has a licence left (ms).
+local function licence_at(institution, rate)
+  local key = 'licences:' .. institution
+  -- Where the clock was put back, those of its future are as young as can be.
+  for _, each in ipairs(redis.call('ZRANGE', key, '(' .. whole(now), '+inf', 'BYSCORE')) do
+    redis.call('ZADD', key, whole(now), each)
+  end
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now - WINDOW_MS))
+  local used = redis.call('ZCARD', key)
+  if used < rate then return now end
+  return redis.call('ZRANGE', key, used - rate, used - rate, 'WITHSCORES')[2] + WINDOW_MS
+end
+
+local function use_licence(institution, held)
+  redis.call('ZADD', 'licences:' .. institution, whole(now), held)
+  redis.call('PEXPIRE', 'licences:' .. institution, WINDOW_MS)
+end
+
+local function midnight()
+  return (math.floor(now / DAY_MS) + 1) * DAY_MS
+end
+
+-- Somewhen in tomorrow's first minute, who is due for longest first: a budget that is too small starves nobody.
+local function tomorrow(due)
+  local share = (due - (midnight() - DAY_MS)) / DAY_MS
+  return midnight() + math.floor(math.max(0, math.min(share, 1)) * 60000)
+end
+
+local function requests_key()
+  return 'requests:' .. string.sub(iso(now), 1, 10)
+end
+
+-- Which daily budget has nothing left for this login: "total budget", "login budget", or nil.
+local function spent_budget(login, limits)
+  local total, own = limits.daily_requests, limits.has_login_budgets and redis.call('HGET', 'budgets', login)
+  local used = (total or own) and fields(requests_key(), '*', login)
+  if total and tonumber(used['*'] or 0) >= total then return 'total budget' end
+  if own and tonumber(used[login] or 0) >= tonumber(own) then return 'login budget' end
+  return nil
+end
+
+local function spend(login, limits)
+  local total, own = limits.daily_requests, limits.has_login_budgets and redis.call('HGET', 'budgets', login)
+  if not total and not own then return end
+  local key = requests_key()
+  local of_all, of_login = redis.call('HINCRBY', key, '*', 1), redis.call('HINCRBY', key, login, 1)
+  redis.call('PEXPIRE', key, 2 * DAY_MS)
+  if of_all == total then report({ what = 'total budget spent', ['until'] = iso(midnight()) }) end
+  if own and of_login == tonumber(own) then
+    report({ what = 'login budget spent', login = login, ['until'] = iso(midnight()) })
+  end
+end
+
+local function probe_pause(probes)
+  local pauses, written = {}, redis.call('HGET', 'config', 'probe_pauses') or '600000'
+  for pause in string.gmatch(written, '%d+') do pauses[#pauses + 1] = pause end
+  return tonumber(pauses[math.min(probes + 1, #pauses)])
+end
+
+local function is_under_way(held)
+  local alias, poll, attempt = string.match(held, '^(%S+) (%S+) (%S+)$')
+  local a = fields('account:' .. alias, 'state', 'poll', 'attempt')
+  return a.poll == poll and a.attempt == attempt and (a.state == 'dispatched' or BEGUN[a.state] or false)
+end
+
+-- Until when an open breaker lets nothing out (ms), nil where its next probe may go.
+local function next_probe_at(institution)
+  local b = fields('breaker:' .. institution, 'probe', 'next_probe', 'probes')
+  if b.probe and is_under_way(b.probe) then
+    return math.max(tonumber(b.next_probe), now + probe_pause(0))
+  end
+  return tonumber(b.next_probe) > now and tonumber(b.next_probe) or nil
+end
+
+local function is_breaker_open(institution)
+  return redis.call('EXISTS', 'breaker:' .. institution) == 1
+end
+
+-- The probe is out: whatever becomes of it, the next one follows no sooner than a pause after this one's end.
+local function send_probe(institution, held)
+  local key = 'breaker:' .. institution
+  local probes = redis.call('HINCRBY', key, 'probes', 1)
+  redis.call('HSET', key, 'probe', held, 'next_probe', whole(now + probe_pause(probes)))
+  redis.call('PEXPIRE', key, DAY_MS)
+end
+
+local function open_breaker(institution, cause, logins)
+  redis.call('SADD', 'breakers', institution)
+  redis.call('HSET', 'breaker:' .. institution, 'cause', cause, 'opened_at', whole(now), 'probes', 0, 'next_probe',
+    whole(now + probe_pause(0)))
+  redis.call('PEXPIRE', 'breaker:' .. institution, DAY_MS)
+  report({ what = 'breaker opened', institution = institution, cause = cause, logins = logins })
+end
+
+local function close_breaker(institution)
+  redis.call('SREM', 'breakers', institution)
+  redis.call('DEL', 'breaker:' .. institution)
+  let_go({ breaker = true })
+  report({ what = 'breaker closed', institution = institution })
+end
+
+local function logins_failing(institution, cause)
+  local key, logins = 'failing:' .. institution, 0
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', whole(now - BREAKER_MS))
+  for _, each in ipairs(redis.call('ZRANGE', key, 0, -1)) do
+    if string.match(each, '^%S+') == cause then logins = logins + 1 end
+  end
+  return logins
+end
+
+-- An attempt has failed, for a cause that is more than the account's own, or '' for none.
+local function note_failure(login, source, held, cause)
+  local institution = institution_of(source)
+  if cause == 'generic' then redis.call('HINCRBY', 'login:' .. login, 'generic', 1) end
+  if is_breaker_open(institution) then
+    local b = fields('breaker:' .. institution, 'probe', 'probes')
+    if b.probe ~= held then return end
+    redis.call('HSET', 'breaker:' .. institution, 'next_probe', whole(now + probe_pause(tonumber(b.probes))))
+  elseif cause ~= '' and cause ~= 'generic' then
+    redis.call('ZADD', 'failing:' .. institution, whole(now), cause .. ' ' .. login)
+    redis.call('PEXPIRE', 'failing:' .. institution, BREAKER_MS)
+    local logins = logins_failing(institution, cause)
+    if logins >= BREAKER_LOGINS then open_breaker(institution, cause, logins) end
+  end
+end
+
+-- An account of the login has its balance: the log-on works, and so does the institution.
+local function note_success(login, source)
+  local institution = institution_of(source)
+  redis.call('HDEL', 'login:' .. login, 'generic')
+  redis.call('DEL', 'failing:' .. institution)
+  if is_breaker_open(institution) then close_breaker(institution) end
 end
 
 ----------------------------------------------------------------------------------------------- dead letters and events

@@ -5,7 +5,7 @@
 --       11 short wait (ms), where a notification or a new credential has overtaken the failure
 --       12 which credential ("bank" | "key")  13 its fingerprint ('' for none)  14 "refused" if no host has another
 --       15 "answer" where a callback's answer is what failed: once one is there, no deadline applies any more
---       16 what the end is counted as
+--       16 what the end is counted as  17 its cause, where that may be more than the account's own ('' for none)
 -- Returns { "suspended" } or { "parked" }: the account alone; also when the same token repeats its call
 --      or { "blocked" }: the whole login, whatever the token says (rule 4)
 --      or { "postponed", due }: overtaken; the account waits shortly; also when the same token repeats its call
@@ -17,7 +17,7 @@ local reason, code, short_ms = cjson.decode(ARGV[9]), ARGV[10], tonumber(ARGV[11
 local key, login_key = 'account:' .. alias, 'login:' .. login
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'institution', 'begun_at', 'first_at', 'releases', 'due',
-  'answered')
+  'answered', 'source')
 local own = is_own(a, login, poll, attempt)
 local is_overtaken = a.answered and mode ~= 'blocked' and ARGV[15] ~= 'answer'
 local begun = is_begun(a, login, poll, attempt) and not is_overtaken
@@ -71,7 +71,7 @@ end
 -------------------------------------------------------------------------------------------------- the whole login
 
 local kind, fingerprint, is_refused = ARGV[12], ARGV[13], ARGV[14] == 'refused'
-local l = fields(login_key, 'blocked', 'bank', 'key', 'holder', 'letter')
+local l = fields(login_key, 'blocked', 'bank', 'key', 'letter')
 
 -- What failed is never sent again, by any login, until it is forgiven. What was refused was not sent now.
 local function remember_failed()
@@ -84,12 +84,6 @@ end
 local function only_operator()
   if kind ~= 'bank' then return false end
   return fingerprint == '' or redis.call('ZCOUNT', 'failures:' .. login, whole(now - DAY_MS), '+inf') >= 2
-end
-
--- Nothing of a blocked login goes out: what was dispatched and has not begun is void.
-local function void_holder()
-  local holder = l.holder and string.match(l.holder, '^(%S+)')
-  if holder and redis.call('HGET', 'account:' .. holder, 'login') == login then void(holder, login) end
 end
 
 local function aliases_of_login()
@@ -122,7 +116,7 @@ local function block_login()
   -- A failed log-on outweighs a failed key: a renewed token never lifts an E1xx.
   if not l.blocked or (l.blocked == 'key' and kind == 'bank') then write_block() end
   if not l.blocked then
-    void_holder()
+    void_holder(login)
     tell_accounts()
     recount_login(login)
   end
@@ -148,6 +142,7 @@ end
 if begun then
   remember_end(alias, poll, attempt, a.begun_at, code)
   count_end(alias, a.begun_at, ARGV[16])
+  note_failure(login, a.source, held, ARGV[17])
 end
 local result = mode == 'blocked' and block() or suspend_account()
 if result[1] == 'blocked' or not dispatched then free(login, held) end
