@@ -382,6 +382,15 @@ class Timetable:
         """Digest of the accounts file in force."""
         return self._config("content")["content"]
 
+    def content_of_file(self, file: str) -> str | None:
+        """Digest of what this accounts file holds, if it is in force and a beat has read it: `file_digest` names it."""
+        config = self._config("content", "file", "file_content")
+        return config["content"] if (config["file"], config["file_content"]) == (file, config["content"]) else None
+
+    def remember_file(self, file: str, content: str) -> None:
+        """Says what the file holds that a beat has read."""
+        _guard(lambda: self.client.hset("config", mapping={"file": file, "file_content": content}))
+
     def knows_content(self, digest: str) -> bool:
         """Whether this accounts file was ever in force."""
         return _guard(lambda: self.client.zscore("contents", digest)) is not None
