@@ -190,8 +190,7 @@ class TokenWatch:
 
 def check_secrets(wiring: Wiring) -> None:
     """Raises `ConfigurationError` for every secret of a login in Redis that this worker cannot find."""
-    schemes = {login: fields["scheme"] for login, fields in wiring.timetable.logins().items()}
-    problems = wiring.credentials.problems(schemes)  # type: ignore[arg-type]
+    problems = wiring.credentials.problems(wiring.timetable.schemes())
     if problems:
         raise ConfigurationError(problems)
     for warning in wiring.credentials.warnings():

@@ -735,6 +735,16 @@ class Timetable:
         names = sorted(names)
         return dict(zip(names, self._hashes([f"login:{name}" for name in names]), strict=True))
 
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of every login."""
+        found: dict[str, Scheme] = {}
+        for batch in _batches(sorted(cast(set[str], _guard(lambda: self.client.smembers("logins")))), 1000):
+            pipeline = self.client.pipeline(transaction=False)
+            for name in batch:
+                pipeline.hget(f"login:{name}", "scheme")
+            found |= zip(batch, _guard(pipeline.execute), strict=True)
+        return found
+
     def letters(self, most: int = 0) -> Iterator[tuple[DeadLetterQueue, dict[str, Any]]]:
         """Every dead letter, or the oldest `most` of each queue, oldest first, as the Celery message that it is."""
         for queue in DeadLetterQueue:

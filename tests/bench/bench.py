@@ -14,12 +14,17 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
+import section_callbacks  # noqa: E402
+import section_dispatch  # noqa: E402
+import section_growth  # noqa: E402
+import section_in_flight  # noqa: E402
 import section_poll  # noqa: E402
+import section_waiting  # noqa: E402
 from report import Section, write  # noqa: E402
 
 
@@ -31,7 +36,24 @@ def sections(size: str) -> dict[str, Callable[[], Section]]:
         return values[sizes]
 
     return {
+        "dispatch": lambda: section_dispatch.run(
+            [(40,), (1000, 10_000, 100_000), (1000, 10_000, 100_000)][sizes],
+            pick(40, 100_000, 100_000),
+            pick(1, 20, 60),
+        ),
         "poll": lambda: section_poll.run(pick(20, 2000, 10_000), pick(1, 3, 5)),
+        "flight": lambda: section_in_flight.run(pick(10, 1000, 1000), pick(2, 5, 5), (0.5, 10, 10)[sizes]),
+        "callbacks": lambda: section_callbacks.run(
+            pick(20, 100_000, 100_000), timedelta(seconds=pick(5, 900, 900)), pick(6, 300, 1800), pick(2, 20, 20)
+        ),
+        "waiting": lambda: section_waiting.run(pick(40, 100_000, 100_000), pick(40, 10_000, 10_000)),
+        "growth": lambda: section_growth.run(
+            pick(20, 2000, 10_000),
+            [(10, 20), (100, 1000, 10_000, 100_000), (100, 1000, 10_000, 100_000)][sizes],
+            [(1, 10), (1, 10, 100, 1000), (1, 10, 100, 1000)][sizes],
+            [(1,), (1, 2, 4, 8), (1, 2, 4, 8)][sizes],
+            pick(20, 20_000, 100_000),
+        ),
     }
 
 
@@ -57,8 +79,9 @@ def about(name: str, size: str) -> str:
     load = os.getloadavg()[1]
     command = f"make bench ONLY={name}" + (" LONG=1" if size == "long" else "")
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {memory_gb:.0f} GB, Python {platform.python_version()}, "
-        f"everything on loopback, load average of the last five minutes {load:.1f}: `{command}`"
+        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {memory_gb:.0f} GB, "
+        f"Python {platform.python_version()}, everything on loopback, load average of the last five minutes "
+        f"{load:.1f}: `{command}`"
     )
 
 

@@ -42,13 +42,20 @@ class Contestant:
     """One way to poll: `begin` starts its worker, `give` adds polls, `done` counts entries."""
 
     name: str
-    worker: Running
+    workers: list[Running]
 
     def is_installed(self) -> bool:
         return True
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, processes: int = 1) -> None:
+        """Starts its workers: so many processes, each with the job's concurrency."""
         raise NotImplementedError
+
+    def cpu_s(self) -> float:
+        return sum(worker.cpu_s for worker in self.workers)
+
+    def memory_mb(self) -> float:
+        return sum(worker.memory_mb for worker in self.workers)
 
     def prepare(self, count: int) -> None:
         """Makes so many accounts due, where accounts exist before their polls."""
@@ -67,13 +74,11 @@ class Contestant:
 
     def until_done(self, goal: int, patience_s: float = PATIENCE_S) -> None:
         def is_done() -> bool:
-            self.worker.must_live()
+            for worker in self.workers:
+                worker.must_live()
             return self.done() >= goal
 
         until(is_done, patience_s, f"{self.name}: {goal} polls")
-
-    def end(self) -> None:
-        self.worker.stop()
 
 
 @dataclass
@@ -85,6 +90,7 @@ class Peer(Contestant):
     program: str
     command: Callable[[int], list[str]]
     _job: Job = field(init=False)
+    workers: list[Running] = field(init=False)
 
     @property
     def _bin(self) -> Path:
@@ -93,12 +99,12 @@ class Peer(Contestant):
     def is_installed(self) -> bool:
         return (self._bin / "python").exists()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, processes: int = 1) -> None:
         self._job = job
         program, *arguments = self.command(job.concurrency)
-        self.worker = job.rig.start(
-            self.name.replace(" ", "-"), [str(self._bin / program), *arguments], job.env, cwd=PEERS
-        )
+        command = [str(self._bin / program), *arguments]
+        name = self.name.replace(" ", "-")
+        self.workers = [job.rig.start(f"{name}-{each}", command, job.env, cwd=PEERS) for each in range(processes)]
 
     def give(self, count: int) -> None:
         enqueue = [str(self._bin / "python"), str(PEERS / "give.py"), self.program, str(count)]
@@ -113,12 +119,13 @@ class Bare(Contestant):
 
     name = "requests in a loop"
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, processes: int = 1) -> None:
+        assert processes == 1, "the limit is one loop"
         self._job = job
-        self.worker = job.rig.start("bare", [sys.executable, str(PEERS / "bare.py")], job.env)
+        self.workers = [job.rig.start("bare", [sys.executable, str(PEERS / "bare.py")], job.env)]
 
     def give(self, count: int) -> None:
-        stdin = self.worker.popen.stdin
+        stdin = self.workers[0].popen.stdin
         assert stdin is not None
         stdin.write(f"{count}\n".encode())
         stdin.flush()
@@ -132,9 +139,9 @@ class OurWorker(Contestant):
 
     name = "balance-poller"
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, processes: int = 1) -> None:
         self._ours = Ours(job.rig, job.bank_url)
-        self.worker = self._ours.worker(job.concurrency)
+        self.workers = [self._ours.worker(job.concurrency, f"worker-{each}") for each in range(processes)]
 
     def prepare(self, count: int) -> None:
         if not self._ours.timetable.revisions():

@@ -1,6 +1,7 @@
 """What every measurement stands on: one Valkey, the cheap bank, and processes that end with it.
 
-Contestants run from environments of their own (`make bench` makes them under .bench/), ours from the project's.
+Peers run from environments of their own (`make bench` makes them under .bench/; BENCH_ENVIRONMENTS names another
+folder, and without any they are left out), ours from the project's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from usage import cpu_s, memory_mb
 from worker.store import LOOPBACK, free_port, tethered
 
 HERE = Path(__file__).parent
-ENVIRONMENTS = ROOT / ".bench"
+ENVIRONMENTS = Path(os.environ.get("BENCH_ENVIRONMENTS", ROOT / ".bench"))
 
 
 @dataclass(frozen=True, slots=True)

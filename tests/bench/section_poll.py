@@ -16,7 +16,7 @@ CONCURRENCY = 8
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """ms of CPU per poll: `worker` of the contestant's processes, `server` of Valkey; `start_s` up to the first poll."""
+    """ms of CPU per poll: `worker` of the contestant's processes, `server` of Valkey; `start_s` until the first."""
 
     worker: float
     server: float
@@ -41,12 +41,12 @@ def measure(contestant: Contestant, polls: int) -> Cost:
         contestant.begin(Job(rig, rig.bank().url, CONCURRENCY))
         contestant.prepare(polls)
         contestant.poll(1)
-        start_s = contestant.worker.cpu_s
+        start_s = contestant.cpu_s()
         contestant.poll(polls - 1)
         contestant.prepare(polls)
-        worker_s, server_s = contestant.worker.cpu_s, rig.server_cpu_s
+        worker_s, server_s = contestant.cpu_s(), rig.server_cpu_s
         contestant.poll(polls)
-        spent_s, server_spent_s = contestant.worker.cpu_s - worker_s, rig.server_cpu_s - server_s
+        spent_s, server_spent_s = contestant.cpu_s() - worker_s, rig.server_cpu_s - server_s
         return Cost(1000 * spent_s / polls, 1000 * server_spent_s / polls, start_s)
 
 
@@ -54,8 +54,9 @@ def words(polls: int, rounds: int) -> str:
     return (
         f"CPU of the worker's process tree, ms per poll: median of {rounds} rounds taken in turns (smallest–largest); "
         f"{polls:,} polls each (rq a tenth) in a process that had done them before, {CONCURRENCY} at a time, against a "
-        "bank that answers at once. Valkey's CPU includes the enqueuing; start-up, the first poll. Peers POST, parse and XADD with a session "
-        "and connections that are kept; ours does the same on the full timetable, with Flower's events on."
+        "bank that answers at once. Valkey's CPU includes the enqueuing; start-up, the first poll. Peers POST, parse "
+        "and XADD with a session and connections that are kept; ours does it on the full timetable, with Flower's "
+        "events on."
     )
 
 

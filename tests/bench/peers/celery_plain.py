@@ -1,4 +1,4 @@
-"""Celery the usual way: its tutorial's task with its retries, the threads pool that a poller would choose, events on."""
+"""Celery the usual way: its tutorial's task with its retries, the threads pool that a poller would choose."""
 
 import os
 

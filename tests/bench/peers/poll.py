@@ -1,4 +1,4 @@
-"""The poll that users of threads would write: POST, parse, XADD. The session and the connections are kept, as they should.
+"""The poll that users of threads would write: POST, parse, XADD; with a session and connections that are kept.
 
 BENCH_BANK_URL, BENCH_REDIS_URL: where to.
 """
@@ -20,9 +20,7 @@ _thread = threading.local()
 def poll(number: str) -> None:
     if not hasattr(_thread, "session"):
         _thread.session = requests.Session()
-    response = _thread.session.post(
-        URL, json={"RequestData": {"AccountNumber": number}}, headers=HEADERS, timeout=190
-    )
+    response = _thread.session.post(URL, json={"RequestData": {"AccountNumber": number}}, headers=HEADERS, timeout=190)
     response.raise_for_status()
     answer = response.json()
     for balance in answer["Data"]["Balance"]:

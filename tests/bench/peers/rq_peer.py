@@ -6,6 +6,7 @@ from poll import poll
 from redis import Redis
 from rq import Queue
 
+
 def main(count: int) -> None:
     queue = Queue(connection=Redis.from_url(os.environ["BENCH_REDIS_URL"]))
     for number in range(count):
