@@ -10,17 +10,29 @@ import pytest
 from celery import Celery
 from celery.events import EventDispatcher
 from kombu import Connection, Exchange, Queue
+from kombu.asynchronous import Hub
 from kombu.asynchronous.timer import Timer
 
 from worker.celery import app
 from worker.event_buffer import FLUSH_EVERY_S, EventBuffer
 
 
+class Loop(Hub):
+    """Celery's event loop, which counts how often it is woken."""
+
+    woken = 0
+
+    def call_soon(self, callback: Any, *args: Any) -> Any:
+        self.woken += 1
+        return super().call_soon(callback, *args)
+
+
 class Worker(SimpleNamespace):
-    """What the step sees of a consumer: Celery's own dispatcher and timer, on a broker in memory."""
+    """What the step sees of a consumer: Celery's own dispatcher, timer and loop, on a broker in memory."""
 
     event_dispatcher: EventDispatcher
     timer: Timer
+    hub: Loop
 
     def sent(self) -> list[list[dict[str, Any]]]:
         """The events of each message that has left."""
@@ -36,7 +48,9 @@ def worker() -> Iterator[Worker]:
         queue = Queue("heard", exchange, routing_key="#", channel=connection.channel())
         queue.declare()
         dispatcher = celery.events.Dispatcher(connection, buffer_group=["task"], on_send_buffered=pytest.fail)
-        yield Worker(event_dispatcher=dispatcher, timer=Timer(), queue=queue)
+        hub = Loop()
+        yield Worker(event_dispatcher=dispatcher, timer=Timer(), queue=queue, hub=hub)
+        hub.close()
         queue.delete()
 
 
@@ -58,6 +72,20 @@ def test_the_timer_fires_again_and_again(worker: Worker) -> None:
     assert FLUSH_EVERY_S < 1  # what Flower shows is not older
 
 
+def test_a_task_that_ends_wakes_the_loop_which_may_take_another_message_now(worker: Worker) -> None:
+    """While all threads are busy the loop listens to no queue; what it learns of is the end of a task."""
+    EventBuffer(worker).start(worker)
+    worker.event_dispatcher.send("task-succeeded", uuid=1)
+    assert worker.hub.woken == 1
+    assert worker.sent() == []
+
+
+def test_a_worker_without_a_loop_needs_no_waking(worker: Worker) -> None:
+    worker.hub = None  # type: ignore[assignment]
+    EventBuffer(worker).start(worker)
+    worker.event_dispatcher.send("task-succeeded", uuid=1)
+
+
 def test_a_heartbeat_does_not_wait(worker: Worker) -> None:
     EventBuffer(worker).start(worker)
     worker.event_dispatcher.send("worker-heartbeat")
@@ -75,7 +103,7 @@ def test_a_stopping_worker_keeps_nothing_back(worker: Worker) -> None:
 
 
 def test_a_worker_without_events_has_nothing_to_buffer() -> None:
-    silent = Worker(event_dispatcher=None, timer=Timer())
+    silent = Worker(event_dispatcher=None, timer=Timer(), hub=None)
     step = EventBuffer(silent)
     step.start(silent)
     step.stop(silent)
