@@ -43,3 +43,14 @@ audit:
 	@set -e; at=$$(mktemp -d); trap 'rm -rf "$$at"' EXIT; $(PYTHON) -m venv "$$at"; \
 	"$$at/bin/python" -m pip install --quiet --disable-pip-version-check --no-input pip-audit; \
 	"$$at/bin/pip-audit" --strict --disable-pip --require-hashes --progress-spinner off -r requirements.lock
+
+# Not part of `test` either: twenty minutes, `make bench LONG=1` longer, `make bench ONLY=poll,dispatch` less. What it is
+# compared with is installed in environments of its own: arq needs an older redis than the others.
+.PHONY: bench
+bench: setup .bench/peers/.complete .bench/arq/.complete
+	$(BIN)/python tests/bench/bench.py --page docs/performance.md $(if $(ONLY),--only $(ONLY)) $(if $(LONG),--long)
+
+.bench/%/.complete: tests/bench/requirements-%.lock
+	$(PYTHON) -m venv --clear .bench/$*
+	.bench/$*/bin/python -m pip --disable-pip-version-check --no-input install --quiet --require-hashes --only-binary :all: -r $<
+	@touch $@

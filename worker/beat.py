@@ -25,7 +25,7 @@ import structlog
 from celery.beat import Scheduler
 
 from worker import capacity, logs
-from worker.accounts import load_accounts
+from worker.accounts import Accounts, file_digest, parse_accounts, read_file
 from worker.celery import Wiring, exiting_on_mistakes, wiring
 from worker.clock import ClockWatch, Jump, Reading
 from worker.errors import ConfigurationError, Kind, Outcome, Refused, StoreUnavailable
@@ -189,8 +189,9 @@ class DefinitionsFile:
 
     changed ─▶ quiet for a while, nobody writing ─▶ read ─▶ other content than last time? ─▶ applied, or why not
 
-    At start it is applied only if Redis has never seen that content, so that an old beat cannot revert a deploy. A file
-    that lacks accounts must be quiet for longer: it may be half written.
+    At start it is applied only if Redis has never seen that content, so that an old beat cannot revert a deploy; the
+    very file that is in force is not even read. A file that lacks accounts must be quiet for longer: it may be half
+    written.
     """
 
     def __init__(self, wiring: Wiring) -> None:
@@ -200,10 +201,13 @@ class DefinitionsFile:
         self._stamp = self._look()
         self._changed_s = time.monotonic()
         self._told: tuple[int, ...] | None = None
-        self._accounts = load_accounts(self._path, callback_configured=self._is_callback)
-        self._step: Literal["read", "apply", "done"] = "apply"
         self._is_start = True
-        self._warn_of_load()
+        #: Digests of the file last dealt with, and of what it held; then what is still to be applied, of which file.
+        self._done = self._done_content = ""
+        self._accounts: Accounts | None = None
+        self._accounts_file = ""
+        self._take(read_file(self._path))
+        self._step: Literal["read", "apply", "done"] = "apply" if self._accounts else "done"
 
     def apply_when_changed(self) -> None:
         """Looks at the file, and applies what is new. Raises `StoreUnavailable`, and tries again next time."""
@@ -211,10 +215,12 @@ class DefinitionsFile:
         if stamp != self._stamp:
             self._stamp, self._changed_s, self._step = stamp, time.monotonic(), "read"
         if self._step == "read" and self._is_quiet(QUIET_S):
-            self._step = "apply" if self._read() else "done"
-        if self._step == "apply" and self._is_believable():
-            self._apply()
-            self._step, self._is_start = "done", False
+            self._read()
+            self._step = "apply" if self._accounts else "done"
+        if self._accounts and self._step == "apply" and self._is_believable(self._accounts):
+            self._apply(self._accounts)
+            self._done, self._done_content = self._accounts_file, self._accounts.digest
+            self._step, self._is_start, self._accounts = "done", False, None
         self._tell_delay()
 
     def _look(self) -> tuple[int, ...] | None:
@@ -234,37 +240,43 @@ class DefinitionsFile:
             self._told = self._stamp
             log.warning("accounts file not applied yet: another process has it open for writing")
 
-    def _read(self) -> bool:
-        """Whether the file holds other accounts than it did. A touched file is no news: it must not revert a deploy."""
+    def _read(self) -> None:
+        self._accounts = None
         try:
-            accounts = load_accounts(self._path, callback_configured=self._is_callback)
+            self._take(read_file(self._path))
         except ConfigurationError as error:
             problems = [str(problem) for problem in error.problems]
             log.error("accounts file not applied", problems=problems[:MOST_PROBLEMS], count=len(problems))
-            return False
-        is_other = accounts.digest != self._accounts.digest
-        self._accounts = accounts
-        if is_other:
-            self._warn_of_load()
-        return is_other
 
-    def _warn_of_load(self) -> None:
+    def _take(self, text: bytes) -> None:
+        """Finds out what there is to apply. A touched file is no news: it must not revert a deploy."""
+        file = file_digest(text, callback_configured=self._is_callback)
+        if self._is_start and (content := self._timetable.content_of_file(file)):
+            self._done, self._done_content = file, content
+        if file == self._done:
+            return
+        accounts = parse_accounts(text, str(self._path), callback_configured=self._is_callback)
+        if accounts.digest != self._done_content:
+            self._accounts, self._accounts_file = accounts, file
+            self._warn_of_load(accounts)
+
+    def _warn_of_load(self, accounts: Accounts) -> None:
         """Says what can never be kept up with; it is polled all the same, as far as that goes."""
         if not is_sandbox_file(self._path):  # whose bank answers at once
-            for detail in capacity.impossible(self._accounts):
+            for detail in capacity.impossible(accounts):
                 log.warning("impossible load", detail=detail)
 
-    def _is_believable(self) -> bool:
+    def _is_believable(self, accounts: Accounts) -> bool:
         """Whether nothing is missing, or the file has been quiet for long enough to mean it."""
         if _is_being_written(self._path):
             return False
         if time.monotonic() - self._changed_s >= REMOVAL_QUIET_S:
             return True
-        return self._timetable.revisions().keys() <= self._accounts.definitions.keys()
+        return self._timetable.revisions().keys() <= accounts.definitions.keys()
 
-    def _apply(self) -> None:
-        accounts = self._accounts
+    def _apply(self, accounts: Accounts) -> None:
         if accounts.digest == self._timetable.current_content():
+            self._timetable.remember_file(self._accounts_file, accounts.digest)
             return
         if self._is_start and self._timetable.knows_content(accounts.digest):
             log.warning("this accounts file was in force before and is not now; to go back to it: balances sync")
@@ -281,6 +293,7 @@ class DefinitionsFile:
             changed=changed,
             duration_s=round(time.monotonic() - started_s, 3),
         )
+        self._timetable.remember_file(self._accounts_file, accounts.digest)
 
 
 def _is_being_written(path: Path) -> bool:

@@ -28,6 +28,7 @@ from kombu import Connection, Exchange, Queue
 from worker import logs
 from worker.credentials import CredentialStore
 from worker.errors import ConfigurationError, StoreUnavailable
+from worker.event_buffer import EventBuffer
 from worker.khipu import KhipuClient
 from worker.oauth import AccessTokens
 from worker.server import require_fit
@@ -187,6 +188,7 @@ class Amqp(AMQP):
 
 app = Celery("balances", amqp=Amqp, include=["worker.tasks", "worker.lifecycle"])
 app.add_defaults(configuration)
+app.steps["consumer"].add(EventBuffer)
 
 
 # --------------------------------------------------------------------------------------------------- message templates

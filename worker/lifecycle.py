@@ -33,6 +33,8 @@ PRESENT_EVERY_S = 5
 PRESENT_TTL_S = 15
 #: How often a worker looks at its secrets: a new one of a blocked login counts "within a minute of its appearing".
 SECRETS_EVERY_S = 15
+#: How often it looks when tokens end, which takes every login there is: a day or more ahead, and soon after its start.
+TOKENS_EVERY_S = 300
 DAY_MS = 86_400_000
 #: Looks in a row at which messages waited, a thread was free and nothing had been taken: a free thread takes at once.
 STALLED_LOOKS = 4
@@ -75,7 +77,7 @@ class Presence(threading.Thread):
         self._consumption = consumption
         self._is_stalled = False
         self._leaving = threading.Event()
-        self._next_look_s = time.monotonic() + SECRETS_EVERY_S
+        self._next_look_s = self._next_tokens_s = time.monotonic() + SECRETS_EVERY_S
         self._tokens = TokenWatch(wiring)
 
     def run(self) -> None:
@@ -111,9 +113,11 @@ class Presence(threading.Thread):
         self._wiring.timetable.register_worker(*self._worker, PRESENT_TTL_S)
         if time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + SECRETS_EVERY_S
-            logins = self._wiring.timetable.logins()
-            unblock_with_new_secrets(self._wiring, logins)
-            self._tokens.look(logins)
+            timetable = self._wiring.timetable
+            unblock_with_new_secrets(self._wiring, timetable.logins(timetable.blocked()))
+        if time.monotonic() >= self._next_tokens_s:
+            self._next_tokens_s = time.monotonic() + TOKENS_EVERY_S
+            self._tokens.look(self._wiring.timetable.logins())
 
     def _stall(self) -> None:
         self._wiring.timetable.forget_worker(*self._worker)
@@ -186,8 +190,7 @@ class TokenWatch:
 
 def check_secrets(wiring: Wiring) -> None:
     """Raises `ConfigurationError` for every secret of a login in Redis that this worker cannot find."""
-    schemes = {login: fields["scheme"] for login, fields in wiring.timetable.logins().items()}
-    problems = wiring.credentials.problems(schemes)  # type: ignore[arg-type]
+    problems = wiring.credentials.problems(wiring.timetable.schemes())
     if problems:
         raise ConfigurationError(problems)
     for warning in wiring.credentials.warnings():

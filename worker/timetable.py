@@ -430,6 +430,15 @@ class Timetable:
         """Digest of the accounts file in force."""
         return self._config("content")["content"]
 
+    def content_of_file(self, file: str) -> str | None:
+        """Digest of what this accounts file holds, if it is in force and a beat has read it: `file_digest` names it."""
+        config = self._config("content", "file", "file_content")
+        return config["content"] if (config["file"], config["file_content"]) == (file, config["content"]) else None
+
+    def remember_file(self, file: str, content: str) -> None:
+        """Says what the file holds that a beat has read."""
+        _guard(lambda: self.client.hset("config", mapping={"file": file, "file_content": content}))
+
     def knows_content(self, digest: str) -> bool:
         """Whether this accounts file was ever in force."""
         return _guard(lambda: self.client.zscore("contents", digest)) is not None
@@ -809,6 +818,16 @@ class Timetable:
             is_all_spent=bool(total) and int(used.get("*", 0)) >= int(total),
             next_day=f"{today + timedelta(days=1)}T00:00Z",
         )
+
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of every login."""
+        found: dict[str, Scheme] = {}
+        for batch in _batches(sorted(cast(set[str], _guard(lambda: self.client.smembers("logins")))), 1000):
+            pipeline = self.client.pipeline(transaction=False)
+            for name in batch:
+                pipeline.hget(f"login:{name}", "scheme")
+            found |= zip(batch, _guard(pipeline.execute), strict=True)
+        return found
 
     def letters(self, most: int = 0) -> Iterator[tuple[DeadLetterQueue, dict[str, Any]]]:
         """Every dead letter, or the oldest `most` of each queue, oldest first, as the Celery message that it is."""

@@ -22,7 +22,7 @@ from world import STREAM, World, accounts_file
 
 from worker import beat as beat_module
 from worker import ops
-from worker.accounts import MAX_FILE
+from worker.accounts import MAX_FILE, load_accounts
 from worker.beat import QUIET_S, REMOVAL_QUIET_S, DefinitionsFile
 from worker.errors import StoreUnavailable
 from worker.store import tethered
@@ -259,10 +259,66 @@ def test_of_many_mistakes_a_line_names_some_and_counts_all(watched: Watched) -> 
 def test_a_refused_mass_removal_can_be_forced(watched: Watched) -> None:
     watched.path.write_bytes(accounts_file(*TEN[:5]))
     watched.settle()
-    accounts = beat_module.load_accounts(watched.path, callback_configured=False)
+    accounts = load_accounts(watched.path, callback_configured=False)
     assert watched.world.timetable.apply(accounts, force=True) == 5
     assert watched.settle() == []
     assert watched.aliases == sorted(TEN[:5])
+
+
+def test_a_file_that_is_touched_while_it_waits_to_be_believed_is_applied_all_the_same(watched: Watched) -> None:
+    watched.path.write_bytes(accounts_file(*TEN[:9]))
+    assert watched.turn() + watched.turn(QUIET_S) == []
+    watched.path.touch()
+    [applied] = watched.settle()
+    assert applied["accounts"] == 9
+
+
+def test_a_file_that_was_broken_while_it_waited_to_be_believed_is_applied_when_it_is_whole(watched: Watched) -> None:
+    watched.path.write_bytes(accounts_file(*TEN[:9]))
+    assert watched.turn() + watched.turn(QUIET_S) == []
+    watched.path.write_bytes(b"[[accounts")
+    assert [told["event"] for told in watched.settle()] == ["accounts file not applied"]
+    watched.path.write_bytes(accounts_file(*TEN[:9]))
+    [applied] = watched.settle()
+    assert applied["accounts"] == 9
+
+
+# ---------------------------------------------------------------------------------------------- a file known already
+
+
+def test_a_beat_that_starts_with_the_file_in_force_does_not_read_it(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read 100,000 accounts takes longer than to be ready may."""
+    monkeypatch.setattr(beat_module, "parse_accounts", pytest.fail)
+    again = Watched(watched.world, watched.path, watched.clock)
+    assert again.settle() == []
+    again.path.touch()
+    assert again.settle() == []
+
+
+def test_a_beat_that_did_not_read_its_file_applies_the_next_one(watched: Watched) -> None:
+    again = Watched(watched.world, watched.path, watched.clock)
+    again.path.write_bytes(accounts_file(*TEN, "new"))
+    [applied] = again.settle()
+    assert applied["changed"] == 1
+
+
+def test_the_same_file_is_read_where_it_means_something_else(watched: Watched) -> None:
+    """With a webhook every account without a mode of its own is polled by callback."""
+    settings = SimpleNamespace(accounts_path=watched.path, callback_url="https://balances.example")
+    watched.file = DefinitionsFile(SimpleNamespace(timetable=watched.world.timetable, settings=settings))  # type: ignore[arg-type]
+    [applied] = watched.settle()
+    assert applied["changed"] == len(TEN)
+
+
+def test_the_file_that_was_in_force_before_is_read_and_told_of(watched: Watched) -> None:
+    old = watched.path.read_bytes()
+    watched.path.write_bytes(accounts_file(*TEN, "new"))
+    watched.settle()
+    watched.path.write_bytes(old)
+    [told] = Watched(watched.world, watched.path, watched.clock).settle()
+    assert "in force before" in told["event"]
 
 
 # ------------------------------------------------------------------------------------------------------- half a file
@@ -275,7 +331,7 @@ def test_a_file_that_somebody_has_open_for_writing_is_not_read(watched: Watched)
     with watched.path.open("wb") as file:
         file.write(whole[:half])
         file.flush()
-        beat_module.load_accounts(watched.path, callback_configured=False)
+        load_accounts(watched.path, callback_configured=False)
         assert watched.settle() == []
         [told] = watched.turn(3600)
         assert told["event"] == "accounts file not applied yet: another process has it open for writing"

@@ -37,7 +37,8 @@
 --   released:<scope>     string: number of that scope's last release
 --   config               hash: version (of all this), retry, limits (JSON), *_ms, content, serial · claimed_at, looked
 --                        (logins that the last claim had passed over, where more were due than it looked at) · jumped
---                        (ms, of all jumps of the clock together), hold_until, trim_from (ms) · rate, daily_requests,
+--                        (ms, of all jumps of the clock together), hold_until, trim_from (ms) · file, file_content
+--                        (digests: the accounts file that a beat read last, and what it held) · rate, daily_requests,
 --                        login_budgets, probe_pauses · paused_at (ms): everything is paused
 --   contents             sorted set: digests applied
 --   audit                stream: actor, action, subject, outcome, at (ms), of every order that an operator gave

@@ -1,0 +1,144 @@
+"""How fast due accounts become messages, against stock beat, RedBeat and the limit; and what a beat costs at rest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from contestants import PEERS
+from ours import Ours, accounts_file
+from report import Section, ratio, table
+from rig import ENVIRONMENTS, Rig, Running, until
+
+from worker.celery import poll_template
+from worker.timetable import CLAIM_BATCH, POLLS
+
+#: Beats that need longer are stopped.
+PATIENCE_S = 20
+#: Sizes that the others' own start-up allows.
+SIZES = {"stock": 100_000, "redbeat": 10_000}
+NAMES = {"stock": "stock PersistentScheduler", "redbeat": "RedBeat"}
+#: The template filled in and pushed, as claim does it, without any state.
+LIMIT = """
+local messages = {}
+for i = 1, ARGV[2] do
+  messages[i] = string.gsub(ARGV[1], '@(%l+)@', {
+    login = 'login-' .. i, account = 'account-' .. i, poll = '1800000000000', attempt = '1', retries = '0',
+  })
+end
+redis.call('LPUSH', 'balances.polls', unpack(messages))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """`sent` messages in `seconds`; `cpu_s` of beat and of Valkey, `slowest_ms` of one call to the server."""
+
+    sent: int
+    seconds: float
+    cpu_s: float
+    slowest_ms: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.sent / self.seconds
+
+
+def run(sizes: Sequence[int], unchanged: int, idle_s: float) -> Section:
+    rows = [row for size in sizes for row in compare(size)]
+    head = ("accounts due at once", "", "messages a second", "against ours", "CPU, µs a message", "slowest call, ms")
+    words = (
+        "Due accounts, each on a login of its own, turned into messages in the queue; CPU is beat's and Valkey's "
+        f"together. What needs more than {PATIENCE_S} s is stopped, and its rate is that until then. RedBeat's own "
+        "start-up leaves out the largest. The limit fills in the same template in a script and does nothing else."
+    )
+    return Section("dispatch", "Dispatch", f"{words}\n\n{table(head, rows)}\n{at_rest(unchanged, idle_s)}")
+
+
+def compare(size: int) -> Iterable[tuple[str, ...]]:
+    found = {"**balance-poller**": ours(size), "the limit": limit(size)}
+    for kind, most in SIZES.items():
+        if size <= most and (ENVIRONMENTS / "peers").exists():
+            found[NAMES[kind]] = other(kind, size)
+    base = found["**balance-poller**"].rate
+    for name, each in found.items():
+        print(f"  {size} {name}: {each.rate:.0f}/s", flush=True)
+        slowest = f"{each.slowest_ms:.0f}" if each.slowest_ms else ""
+        stopped = f" (stopped at {each.sent:,})" if each.sent < size else ""
+        cost = f"{1e6 * each.cpu_s / each.sent:.0f}"
+        yield f"{size:,}", name, f"{each.rate:,.0f}{stopped}", ratio(each.rate, base), cost, slowest
+
+
+def ours(size: int) -> Dispatch:
+    """Beat's claims, one after the other, as beat makes them while there is more to do."""
+    with Rig(slowlog_log_slower_than=1000, slowlog_max_len=10_000) as rig:
+        deployment = Ours(rig, "http://127.0.0.1:1")
+        deployment.fill(size)
+        deployment.make_all_due()
+        rig.store.slowlog_reset()
+        cpu_s, server_s, began_s = time.process_time(), rig.server_cpu_s, time.monotonic()
+        with deployment.room():
+            while deployment.timetable.claim().dispatched:
+                pass
+        seconds = time.monotonic() - began_s
+        spent_s = time.process_time() - cpu_s + rig.server_cpu_s - server_s
+        slowest_us = max((call["duration"] for call in rig.store.slowlog_get(10_000)), default=0)
+        return Dispatch(rig.store.llen(POLLS), seconds, spent_s, slowest_us / 1000)
+
+
+def limit(size: int) -> Dispatch:
+    with Rig() as rig:
+        push = rig.store.register_script(LIMIT)
+        template = poll_template()
+        cpu_s, server_s, began_s = time.process_time(), rig.server_cpu_s, time.monotonic()
+        for start in range(0, size, CLAIM_BATCH):
+            push(args=[template, min(CLAIM_BATCH, size - start)])
+        seconds = time.monotonic() - began_s
+        return Dispatch(size, seconds, time.process_time() - cpu_s + rig.server_cpu_s - server_s)
+
+
+def other(kind: str, size: int) -> Dispatch:
+    """Stock beat or RedBeat, from the moment that it has its entries."""
+    with Rig() as rig:
+        env = {**os.environ, "BENCH_REDIS_URL": rig.server.url, "BENCH_SECONDS": str(PATIENCE_S)}
+        command = [str(ENVIRONMENTS / "peers" / "bin" / "python"), str(PEERS / "stock_beat.py"), kind, str(size)]
+        said = subprocess.run(command, env=env, cwd=rig.directory, check=True, capture_output=True, text=True).stdout
+        sent, cpu_s, seconds = said.splitlines()[-1].split()
+        return Dispatch(int(sent), float(seconds), float(cpu_s))
+
+
+def at_rest(accounts: int, idle_s: float) -> str:
+    """A beat whose accounts Redis knows already: until it is ready, and then with nothing due."""
+    with Rig() as rig:
+        deployment = Ours(rig, "http://127.0.0.1:1")
+        (rig.directory / "accounts.toml").write_text(accounts_file(accounts))
+        first_s, first = _ready(deployment)
+        first.stop()
+        again_s, beat = _ready(deployment)
+        memory_mb, cpu_s, server_s = beat.memory_mb, beat.cpu_s, rig.server_cpu_s
+        time.sleep(idle_s)
+        rows = [
+            (f"ready with {accounts:,} accounts that are new, s", f"{first_s:.1f}"),
+            ("the same accounts again, unchanged, s", f"{again_s:.1f}"),
+            ("memory of beat then, MB", f"{memory_mb:.0f}"),
+            ("beat's CPU with nothing due, % of a core", f"{100 * (beat.cpu_s - cpu_s) / idle_s:.1f}"),
+            ("Valkey's CPU then, % of a core", f"{100 * (rig.server_cpu_s - server_s) / idle_s:.1f}"),
+        ]
+        return table(("a beat at rest", ""), rows)
+
+
+def _ready(deployment: Ours) -> tuple[float, Running]:
+    """Starts a beat; how long until its first claim."""
+    deployment.rig.store.hdel("config", "claimed_at")
+    began_s = time.monotonic()
+    beat = deployment.start("beat", "beat")
+
+    def has_claimed() -> bool:
+        beat.must_live()
+        return deployment.rig.store.hexists("config", "claimed_at")
+
+    until(has_claimed, 600, "a beat that claims", pause_s=0.01)
+    return time.monotonic() - began_s, beat

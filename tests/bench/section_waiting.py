@@ -1,0 +1,114 @@
+"""What the four-hour wait costs: in Valkey and in every process, against Celery's countdown."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+
+from contestants import PEERS, Job, Peer, celery_command
+from ours import Ours
+from report import Section, table
+from rig import ENVIRONMENTS, Rig, until
+
+from worker.timetable import CLAIM_BATCH, script_text
+
+FOUR_HOURS_MS = 4 * 3_600_000
+#: A process has then read what it reads when it starts.
+SETTLING_S = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Bytes for each account: in Valkey `defined` and `waiting`, in beat and a worker together `processes`."""
+
+    defined: float
+    waiting: float
+    processes: float
+
+
+def run(accounts: int, countdowns: int) -> Section:
+    ours = measure(accounts)
+    rows = [
+        ("**balance-poller**, Valkey: an account that is scheduled", f"{accounts:,}", f"{ours.defined:,.0f}"),
+        ("**balance-poller**, Valkey: one that waits, more than that", f"{accounts:,}", f"{ours.waiting:,.0f}"),
+        ("**balance-poller**, beat and worker: one that waits", f"{accounts:,}", f"{ours.processes:,.0f}"),
+    ]
+    if (ENVIRONMENTS / "peers").exists():
+        worker, server = countdown(countdowns)
+        rows.append(("celery, `countdown=14400`: in the worker", f"{countdowns:,}", f"{worker:,.0f}"))
+        rows.append(("celery, `countdown=14400`: in Valkey", f"{countdowns:,}", f"{server:,.0f}"))
+    words = (
+        "Accounts in the four-hour wait after a failed first poll. The wait itself is a score that every account has; "
+        "what is more than for an account that was never polled is its history: when, which attempt, how it ended."
+    )
+    return Section("waiting", "Waiting", f"{words}\n\n{table(('', 'how many', 'bytes each'), rows)}")
+
+
+def measure(accounts: int) -> Waits:
+    with Rig() as rig:
+        deployment = Ours(rig, "http://127.0.0.1:1")
+        empty = used(rig)
+        deployment.fill(accounts)
+        defined = used(rig)
+        scheduled_mb = memory_of_processes(deployment)
+        fail_everything(deployment, accounts)
+        waiting, waiting_mb = used(rig), memory_of_processes(deployment)
+        soonest = rig.store.zcount("timetable", deployment.timetable.now_ms() + FOUR_HOURS_MS // 2, "+inf")
+        assert soonest == accounts, "an account does not wait"
+        return Waits(
+            (defined - empty) / accounts,
+            (waiting - defined) / accounts,
+            2**20 * (waiting_mb - scheduled_mb) / accounts,
+        )
+
+
+def memory_of_processes(deployment: Ours) -> float:
+    """MB of a beat and a worker that have just started and have nothing to do."""
+    running = [deployment.beat(), deployment.worker(8)]
+    time.sleep(SETTLING_S)
+    total_mb = sum(each.memory_mb for each in running)
+    for each in running:
+        each.stop()
+    return total_mb
+
+
+def used(rig: Rig) -> int:
+    rig.store.execute_command("MEMORY PURGE")
+    return int(rig.store.info("memory")["used_memory"])
+
+
+def fail_everything(deployment: Ours, accounts: int) -> None:
+    """Each account is claimed, begun and put off by four hours, as after WAIT_4_HOURS_BEFORE_RETRY."""
+    store = deployment.rig.store
+    begin, postpone = (store.register_script(script_text(name)) for name in ("begin", "postpone"))
+    deployment.make_all_due()
+    for _ in range(0, accounts, CLAIM_BATCH):
+        deployment.claim(min(CLAIM_BATCH, accounts))
+        pipeline = store.pipeline(transaction=False)
+        for token in deployment.take():
+            begin(args=[*token.args, "bench", "bearer", "", "key", ""], client=pipeline)
+            postpone(args=[*token.args, FOUR_HOURS_MS, 0, 1, 0, "E202", ""], client=pipeline)
+        pipeline.execute()
+
+
+def countdown(count: int) -> tuple[float, float]:
+    """Bytes that a Celery task costs which waits in its worker, and in Valkey."""
+    with Rig() as rig:
+        peer = Peer("celery -E", "peers", "celery_plain", celery_command)
+        peer.begin(Job(rig, rig.bank().url, 8))
+        peer.poll(1)
+        worker_mb, server = peer.memory_mb(), used(rig)
+        subprocess.run(
+            [str(ENVIRONMENTS / "peers" / "bin" / "python"), str(PEERS / "countdown.py"), str(count)],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(PEERS),
+                "BENCH_REDIS_URL": rig.server.url,
+                "BENCH_BANK_URL": "http://x",
+            },
+            check=True,
+        )
+        until(lambda: rig.store.hlen("unacked") >= count, 300, "a worker that holds every countdown")
+        return 2**20 * (peer.memory_mb() - worker_mb) / count, (used(rig) - server) / count
