@@ -296,18 +296,23 @@ def until_interrupted() -> Iterator[None]:
 @main.command()
 @as_json
 def check(is_json: bool) -> None:
-    """Look at configuration, secrets and server.
+    """Look at everything that polling needs, here and outside.
 
-    Exit status 1 if something is wanting.
+    Configuration, secrets, server, clock, Khipu, webhook, processes. Sends no
+    request that is billed, and takes ten seconds at most. Exit status 1 if
+    something is wanting.
 
     \b
     Example:
       balances check && balances up
     """
+    from worker import checks  # brings requests along, which takes longer to load than any other command
+    from worker.khipu import KhipuClient
+
     settings = load_settings()
     accounts = load_accounts(settings.accounts_path, callback_configured=settings.callback_url is not None)
     credentials = CredentialStore(environment(settings), settings.secrets_dir)
-    findings = ops.check(settings, accounts, credentials, connect(settings.store_url()))
+    findings = checks.check(settings, accounts, credentials, KhipuClient(settings.khipu_url))
     if is_json:
         print_json([ops.as_dict(finding) for finding in findings])
     else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from worker.errors import ConfigurationError, StoreUnavailable
@@ -21,6 +21,10 @@ from worker.timetable import Timetable, connect
 
 #: A beat claims every second; applying a large accounts file takes it some seconds.
 CLAIM_WITHIN_S = 60
+#: Why a worker is not present.
+ABSENT = "gone, frozen, or taking nothing although messages wait"
+#: What the webhook's `/healthz` answers, so that nobody takes another service for it.
+WEBHOOK_IS_WELL = {"status": "ok", "process": "webhook"}
 #: A check answers within this, whatever hangs: a name that is not resolved, a server that accepts and is mute.
 DEADLINE_S = 5.0
 
@@ -44,25 +48,26 @@ def beat(timetable: Timetable) -> Health:
 
 def worker(timetable: Timetable) -> Health:
     """Whether a worker of this host takes polls."""
-    return _present(timetable, "worker", takes_polls=True)
+    return _health_here("worker", present(timetable, takes_polls=True))
 
 
 def settler(timetable: Timetable) -> Health:
     """Whether a worker of this host takes answers and nothing else."""
-    return _present(timetable, "settler", takes_polls=False)
+    return _health_here("settler", present(timetable, takes_polls=False))
 
 
-def _present(timetable: Timetable, what: str, *, takes_polls: bool) -> Health:
+def present(timetable: Timetable, *, takes_polls: bool) -> dict[str, int]:
+    """The workers at work, on whatever host, or the settlers: name → how many polls it can run at once."""
+    return {name: threads for name, threads in timetable.workers().items() if (threads > 0) == takes_polls}
+
+
+def _health_here(what: str, names: Iterable[str]) -> Health:
     """Names are `<node>@<host>:<pid>`."""
     host = socket.gethostname()
-    present = [
-        name
-        for name, threads in timetable.workers().items()
-        if name.rpartition(":")[0].partition("@")[2] == host and (threads > 0) == takes_polls
-    ]
-    if not present:
-        return Health(False, f"no {what} of {host} is present: gone, frozen, or taking nothing although messages wait")
-    return Health(True, f"present: {', '.join(sorted(present))}")
+    here = sorted(name for name in names if name.rpartition(":")[0].partition("@")[2] == host)
+    if not here:
+        return Health(False, f"no {what} of {host} is present: {ABSENT}")
+    return Health(True, f"present: {', '.join(here)}")
 
 
 PROCESSES: dict[str, Callable[[Timetable], Health]] = {"beat": beat, "worker": worker, "settler": settler}

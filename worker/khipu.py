@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -26,7 +26,7 @@ from http import HTTPStatus
 from http.client import HTTPException
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NoReturn
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import requests
 from pydantic import JsonValue
@@ -125,6 +125,30 @@ class KhipuClient:
             return self._exchange(request, _Attempt(deadline_s, self._resolver))
         finally:
             self._session().close()  # the next request of this thread goes to another host
+
+    def reach(self, url: str, *, deadline_s: float) -> datetime | None:
+        """Connect to the host of `url` as a request would, and send nothing.
+
+        Returns when its certificate ends, None for plain http. Raises KhipuFailure: CONNECTION or TIMEOUT.
+        """
+        attempt = _Attempt(deadline_s, self._resolver)
+        _current.attempt = attempt
+        _watchdog.watch(attempt)
+        try:
+            with closing(self._connection(url)) as connection:
+                connection.connect()
+                return _certificate_end(connection.sock)
+        except TROUBLE as error:
+            raise KhipuFailure(_broken(error, attempt)) from error
+        finally:
+            _watchdog.forget(attempt)
+            attempt.release()
+
+    def _connection(self, url: str) -> _Connection:
+        parts = urlsplit(url)
+        if parts.scheme == "https":
+            return _TlsConnection(parts.hostname or "", parts.port or 443, ssl_context=self._tls)
+        return _Connection(parts.hostname or "", parts.port or 80)
 
     def _request(
         self, definition: Definition, credentials: Credentials, callback_url: str | None
@@ -362,6 +386,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _certificate_end(connection: socket.socket) -> datetime | None:
+    certificate = connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
+    if not certificate:
+        return None
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
 
 
 def _fail(kind: Kind, description: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import redis
 import structlog
 from redis.exceptions import NoPermissionError
 
+from worker.clock import TOLERANCE_MS
 from worker.errors import ConfigurationError, Problem, StoreUnavailable
 
 log = structlog.get_logger()
@@ -73,6 +75,19 @@ def _ask(client: redis.Redis) -> list[Finding]:
     is_moved = bool(client.exists("clock:offset"))
     detail = "not moved" if not is_moved else "clock:offset moves it; delete that key, it is for tests only"
     return [*found, Finding("clock", not is_moved, detail)]
+
+
+def compare_clocks(client: redis.Redis) -> Finding:
+    """The server's own clock against this host's, whatever tests do to the one clock; a slow reply is no difference."""
+    sent_s = time.time()
+    seconds, micros = client.time()
+    received_s = time.time()
+    server_s = seconds + micros / 1e6
+    apart_s = server_s - min(max(server_s, sent_s), received_s)
+    if abs(apart_s) * 1000 <= TOLERANCE_MS:
+        return Finding("clock", True, f"{abs(apart_s):.1f} s from this host's")
+    way = "ahead of" if apart_s > 0 else "behind"
+    return Finding("clock", False, f"{abs(apart_s):.0f} s {way} this host's; let NTP set both")
 
 
 def read_info(info: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:

@@ -262,7 +262,7 @@ class Unsettled:
 Suspension = Literal["suspended", "parked", "blocked"]
 
 
-def connect(url: str, *, connections: int = 16) -> redis.Redis:
+def connect(url: str, *, connections: int = 16, retries: int = 2) -> redis.Redis:
     """A client for `url` (`redis`, `rediss` or `sentinel://host:port[,host:port]/master/db`), bounded in every way.
 
     Calls may be repeated: every script answers a repeated call as it answered the first, or refuses it.
@@ -272,7 +272,7 @@ def connect(url: str, *, connections: int = 16) -> redis.Redis:
         "encoding_errors": "surrogateescape",  # a callback's body is bytes, whatever it says of itself
         "socket_timeout": 5,
         "socket_connect_timeout": 2,
-        "retry": ConnectionRetry(ExponentialBackoff(cap=0.5, base=0.05), 2),
+        "retry": ConnectionRetry(ExponentialBackoff(cap=0.5, base=0.05), retries),
         "retry_on_error": [redis.ConnectionError, redis.TimeoutError],
     }
     if url.startswith("sentinel://"):
@@ -782,6 +782,12 @@ class Timetable:
         """When a beat last claimed, by the one clock; None where none ever did."""
         claimed_at = self._config("claimed_at")["claimed_at"]
         return None if claimed_at is None else int(claimed_at)
+
+    def held_ms(self) -> int:
+        """For how long nothing is claimed any more, after a jump of the clock; as `hold_left` of the scripts has it."""
+        until, *lease = self._config("hold_until", "request_deadline_ms", "lease_margin_ms").values()
+        left_ms = int(until or 0) - self.now_ms()
+        return left_ms if 0 < left_ms <= sum(int(part or 0) for part in lease) else 0
 
     def accounts(self, aliases: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
         """Every defined account (or those named), sorted, with the fields of its hash; an unknown one has none."""

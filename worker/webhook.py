@@ -33,6 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from worker import logs
 from worker.celery import Wiring, exiting_on_mistakes, until_there, wiring
 from worker.errors import StoreUnavailable
+from worker.health import WEBHOOK_IS_WELL
 from worker.processes import check_ports
 from worker.timetable import Received, Timetable
 
@@ -175,7 +176,7 @@ async def notification(request: Request) -> Response:
 
 async def healthz(_request: Request) -> Response:
     """GET /healthz: this process is alive, whatever became of Redis."""
-    return JSONResponse({"status": "ok"})
+    return JSONResponse(WEBHOOK_IS_WELL)
 
 
 async def readyz(request: Request) -> Response:

@@ -157,11 +157,11 @@ class Hostile:
                     yield secured
 
 
-def certificate(directory: Path) -> Path:
-    """A certificate for 127.0.0.1, signed by itself, in one file with its key."""
+def certificate(directory: Path, *, days: int = 2, names: str = "IP:127.0.0.1") -> Path:
+    """A certificate, for 127.0.0.1 unless told, signed by itself, in one file with its key."""
     path = directory / "server.pem"
-    options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2 -subj /CN=localhost"
-    options += f" -addext subjectAltName=IP:127.0.0.1 -keyout {path}.key -out {path}"
+    options = f"-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days {days} -subj /CN=localhost"
+    options += f" -addext subjectAltName={names} -keyout {path}.key -out {path}"
     subprocess.run(["openssl", "req", *options.split()], check=True, capture_output=True)
     with path.open("ab") as file:
         file.write(Path(f"{path}.key").read_bytes())
