@@ -80,7 +80,7 @@ class Ours:
         )
         #: For who wants to run a claim in a transaction of his own; its first argument is how many logins.
         self.claim_script = rig.store.register_script(script_text("claim"))
-        self.claim_arguments = (message, settling, SETTLE_AGAIN_MS)
+        self.claim_arguments = (message, settling, SETTLE_AGAIN_MS, "", 0)
         self.env = {
             "PYTHONPATH": str(ROOT),
             "BALANCES_REDIS_URL": rig.server.url,

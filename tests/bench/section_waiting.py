@@ -12,9 +12,12 @@ from ours import Ours
 from report import Section, table
 from rig import ENVIRONMENTS, Rig, until
 
-from worker.timetable import CLAIM_BATCH, script_text
+from worker.errors import Kind, Outcome
+from worker.policy import Counters
+from worker.timetable import CLAIM_BATCH
 
 FOUR_HOURS_MS = 4 * 3_600_000
+WAIT = Outcome(Kind.ANSWERED, "E202", "WAIT_4_HOURS_BEFORE_RETRY")
 #: A process has then read what it reads when it starts.
 SETTLING_S = 2
 
@@ -81,16 +84,15 @@ def used(rig: Rig) -> int:
 
 def fail_everything(deployment: Ours, accounts: int) -> None:
     """Each account is claimed, begun and put off by four hours, as after WAIT_4_HOURS_BEFORE_RETRY."""
-    store = deployment.rig.store
-    begin, postpone = (store.register_script(script_text(name)) for name in ("begin", "postpone"))
+    timetable = deployment.timetable
     deployment.make_all_due()
-    for _ in range(0, accounts, CLAIM_BATCH):
-        deployment.claim(min(CLAIM_BATCH, accounts))
-        pipeline = store.pipeline(transaction=False)
+    left = accounts
+    while left:
+        deployment.claim(min(CLAIM_BATCH, left))
         for token in deployment.take():
-            begin(args=[*token.args, "bench", "bearer", "", "key", ""], client=pipeline)
-            postpone(args=[*token.args, FOUR_HOURS_MS, 0, 1, 0, "E202", ""], client=pipeline)
-        pipeline.execute()
+            timetable.begin(token, caller="bench 1", scheme="bearer", bank="", key="key")
+            timetable.postpone(token, FOUR_HOURS_MS, Counters(waits=1), WAIT)
+            left -= 1
 
 
 def countdown(count: int) -> tuple[float, float]:
