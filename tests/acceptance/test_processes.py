@@ -265,7 +265,7 @@ def test_the_procfile_is_read_without_a_shell_and_runs_where_it_stands() -> None
     assert commands[0] == Command(
         "beat", ["celery", "-A", "worker", "-q", "beat", "--loglevel", "INFO"], {"A": "b"}, ROOT
     )
-    assert [command.name for command in commands] == ["beat", "worker", "settler", "webhook", "flower"]
+    assert [command.name for command in commands] == ["beat", "worker", "settler", "webhook", "flower", "exporter"]
 
 
 def test_a_line_that_is_no_process_is_named(tmp_path: Path) -> None:

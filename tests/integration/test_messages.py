@@ -15,6 +15,7 @@ from kombu import Queue
 from servers import ValkeyServer
 from world import OUTCOMES, Entry, World, read, read_entries
 
+import worker.tasks  # noqa: F401 - registers them
 from worker.celery import POLL_TASK, configuration
 from worker.policy import DeadLetterQueue
 from worker.timetable import POLLS, Token
@@ -29,15 +30,10 @@ def world(store: redis.Redis) -> World:
 
 @pytest.fixture
 def app(valkey_server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
-    """An app with our configuration on a real kombu connection, and a task of the poll's name."""
+    """An app with our configuration on a real kombu connection; it has our tasks, as every app of this process has."""
     monkeypatch.setenv("BALANCES_REDIS_URL", valkey_server.url)
     app = Celery("balances", set_as_current=False)
     app.conf.update(configuration())
-
-    @app.task(name=POLL_TASK, ignore_result=True, shared=False)
-    def poll(**_: object) -> None:
-        """Published only, never run."""
-
     yield app
     app.close()
 
