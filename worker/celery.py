@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import celery.apps.worker as celery_worker
@@ -48,7 +48,7 @@ T = TypeVar("T")
 _NUMBERS = {"poll": 7777777777777777771, "attempt": 7777777777777777772, "retries": 7777777777777777773}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Wiring:
     """What a process of this package works with. `is_durable`: the server keeps an append-only file."""
 
@@ -59,9 +59,9 @@ class Wiring:
     credentials: CredentialStore
     is_durable: bool
 
-    @property
+    @cached_property
     def salt(self) -> bytes:
-        """What fingerprints are made with: asked for by workers only, the others may not read it."""
+        """What fingerprints are made with: asked for by workers only, once; the others may not read it."""
         return self.timetable.salt()
 
 

@@ -204,6 +204,7 @@ _presence: list[Presence] = []
 def _on_start(**_: object) -> None:
     with exiting_on_mistakes():
         until_there(lambda: check_secrets(wiring()))
+        until_there(lambda: wiring().salt)  # here, not by the first poll: that one may meet a server without memory
 
 
 @signals.worker_ready.connect
