@@ -17,7 +17,8 @@ from worker.policy import Counters
 from worker.timetable import CLAIM_BATCH
 
 FOUR_HOURS_MS = 4 * 3_600_000
-WAIT = Outcome(Kind.ANSWERED, "E202", "WAIT_4_HOURS_BEFORE_RETRY")
+#: A code of the account alone: what a whole bank answers would open its breaker.
+WAIT = Outcome(Kind.ANSWERED, "E301", "WAIT_4_HOURS_BEFORE_RETRY")
 #: A process has then read what it reads when it starts.
 SETTLING_S = 2
 
