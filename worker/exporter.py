@@ -88,7 +88,7 @@ def families(found: Figures) -> Iterator[Metric]:
     yield from _about_queues(found)
     yield from _about_the_stream(found)
     yield from _about_processes(found)
-    yield from _about_the_budget(found)
+    yield from _about_limits(found)
 
 
 def _about_accounts(found: Figures) -> Iterator[Metric]:
@@ -288,6 +288,7 @@ def _about_the_stream(found: Figures) -> Iterator[Metric]:
 def _about_processes(found: Figures) -> Iterator[Metric]:
     yield _moment("last_claim", "When a beat last claimed.", found.claimed_at_ms)
     yield _gauge("workers", "Live workers that take polls.", len(found.workers))
+    yield _gauge("settlers", "Live workers that take callbacks' answers and no polls.", found.settlers)
     yield _gauges(
         "worker_threads",
         "Polls that the live worker can run at once.",
@@ -298,9 +299,46 @@ def _about_processes(found: Figures) -> Iterator[Metric]:
     yield _moments("worker_last_begin", "When the live worker last began a poll.", "worker", begins)
 
 
-def _about_the_budget(found: Figures) -> Iterator[Metric]:
+def _about_limits(found: Figures) -> Iterator[Metric]:
+    yield _gauge("paused", "Whether an operator has paused everything.", int(found.is_paused))
+    yield _moment("paused_since", "When everything was paused.", found.limits.paused_at_ms)
+    yield _gauges(
+        "breakers_open",
+        "Breakers that are open: the institution is held and probed with one poll at a time.",
+        ("institution",),
+        _open_breakers(found),
+    )
+    yield _gauges(
+        "breakers_open_oldest_timestamp_seconds",
+        "When the institution's breaker that is open for longest was opened.",
+        ("institution", "cause"),
+        _opened(found),
+    )
+    yield _gauge(
+        "logins_budget_spent",
+        "Logins of which nothing goes out until tomorrow (UTC), because their own daily budget is spent.",
+        len(found.limits.spent_logins),
+    )
     yield _gauge("requests_today", "Requests counted against today's budget.", found.requests_today)
     yield _gauge("requests_daily_limit", "The budget of requests a day, where one is configured.", found.daily_requests)
+
+
+def _open_breakers(found: Figures) -> Labelled:
+    numbers = {(institution,): 0 for institution, _ in found.accounts}
+    for name in found.limits.breakers:
+        numbers[(_name_of(name),)] = numbers.get((_name_of(name),), 0) + 1
+    return numbers
+
+
+def _opened(found: Figures) -> Labelled:
+    """The newest first, so that the oldest has the last word."""
+    by_age = sorted(found.limits.breakers.items(), key=lambda each: -each[1].opened_at_ms)
+    return {(_name_of(name), breaker.cause): breaker.opened_at_ms / 1000 for name, breaker in by_age}
+
+
+def _name_of(institution: str) -> str:
+    """The name in the accounts file, of "country/segment/name"."""
+    return institution.rpartition("/")[2]
 
 
 # ------------------------------------------------------------------------------------------------------------- families

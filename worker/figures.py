@@ -1,4 +1,4 @@
-"""Read what the scripts count, in three round trips however many accounts there are; changes nothing, scans nothing.
+"""Read what the scripts count, in as many round trips however many accounts there are; changes nothing, scans nothing.
 
 Beside the counts stand moments: ms since the epoch by the server's clock, None for that of something that is not there.
 """
@@ -6,7 +6,7 @@ Beside the counts stand moments: ms since the epoch by the server's clock, None 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -16,7 +16,7 @@ import redis
 
 from worker.policy import Credential, DeadLetterQueue
 from worker.stream import GroupLag, group_lag
-from worker.timetable import ANSWERS, POLLS
+from worker.timetable import ANSWERS, POLLS, Reached, Timetable
 
 #: Every state that operators see, the regular ones first.
 STATES = (
@@ -65,12 +65,12 @@ class Figures:
     """All that is counted, at one moment."""
 
     now_ms: int
-    accounts: Mapping[tuple[str, str], int]  #: (institution, state)
+    accounts: Mapping[tuple[str, str], int]  #: (institution, state), a pause over everything included
     parked: int
     overdue: Some  #: with more than `SAMPLE` of them, the oldest of so many
     awaiting: Some
     last_ok_ms: Mapping[str, int]  #: institution
-    as_of_ms: Mapping[str, int]  #: institution; the oldest of its accounts' newest
+    as_of_ms: Mapping[str, int]  #: institution; the oldest of its accounts' newest; of none while everything is paused
     attempts: Mapping[tuple[str, ...], int]  #: (institution, mode)
     polls: Mapping[tuple[str, ...], int]  #: (institution, mode, outcome, type, code)
     durations: Mapping[tuple[str, str], Durations]  #: (institution, mode)
@@ -88,6 +88,14 @@ class Figures:
     groups: Sequence[GroupLag]
     claimed_at_ms: int | None
     workers: Mapping[str, Worker]
+    settlers: int
+    limits: Reached
+    held_ms: int  #: for how long nothing is claimed any more, after a jump of the clock
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether everything is."""
+        return self.limits.paused_at_ms is not None
 
     @property
     def blocked_by(self) -> dict[Credential, int]:
@@ -98,20 +106,24 @@ class Figures:
 
 def read(client: redis.Redis, stream: str) -> Figures:
     """Reads everything. Raises what redis-py raises."""
+    timetable = Timetable(client, stream=stream)
+    limits = timetable.reached()
+    is_paused = limits.paused_at_ms is not None
     one = _first(client, stream)
     seconds, micros = one["time"]
     real_ms = seconds * 1000 + micros // 1000
     now_ms = real_ms + int(one["offset"] or 0)
     institutions = sorted(one["institutions"])
     two = _second(client, institutions, now_ms, real_ms, one["some overdue"])
+    counted = {pair: two[_state_key(*pair)] for pair in product(institutions, STATES)}
     return Figures(
         now_ms=now_ms,
-        accounts={pair: two[_state_key(*pair)] for pair in product(institutions, STATES)},
+        accounts=_all_paused(counted) if is_paused else counted,
         parked=one["parked"],
         overdue=Some(one["overdue"], min((int(due) for due in two["dues"] if due), default=None)),
         awaiting=_some(one, "awaiting"),
         last_ok_ms=_numbers(one["last_ok"]),
-        as_of_ms={name: int(found[0][1]) for name in institutions if (found := two[f"as_of:{name}"])},
+        as_of_ms={} if is_paused else _oldest_as_of(two, institutions),
         attempts=_by_parts(one["attempts"]),
         polls=_by_parts(one["polls"]),
         durations=_durations(one["durations"]),
@@ -129,6 +141,9 @@ def read(client: redis.Redis, stream: str) -> Figures:
         groups=group_lag(client, stream),
         claimed_at_ms=_number(one["config"][0]),
         workers=_workers(two["workers"], dict(two["begins"])),
+        settlers=sum(map(_is_settler, two["workers"])),
+        limits=limits,
+        held_ms=timetable.held_ms(),
     )
 
 
@@ -187,6 +202,18 @@ def _state_key(institution: str, state: str) -> str:
     return f"state:{institution}:{state}"
 
 
+def _all_paused(counted: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """What operators see while everything is paused, from what lives on underneath."""
+    seen = dict.fromkeys(counted, 0)
+    for (institution, _), number in counted.items():
+        seen[institution, "paused"] += number
+    return seen
+
+
+def _oldest_as_of(answers: Mapping[str, Any], institutions: Iterable[str]) -> dict[str, int]:
+    return {name: int(found[0][1]) for name in institutions if (found := answers[f"as_of:{name}"])}
+
+
 def _some(answers: Mapping[str, Any], name: str) -> Some:
     oldest = answers[f"oldest {name}"]
     return Some(answers[name], int(oldest[0][1]) if oldest else None)
@@ -225,8 +252,13 @@ def _durations(found: Mapping[str, str]) -> dict[tuple[str, str], Durations]:
 
 
 def _workers(alive: Sequence[str], begins: Mapping[str, float]) -> dict[str, Worker]:
-    """Of those alive, the ones that take polls; the others have no threads for them."""
+    """Of those alive, the ones that take polls."""
     workers = {}
-    for name, threads in (member.rsplit(" ", 1) for member in alive if not member.endswith(" 0")):
+    for name, threads in (member.rsplit(" ", 1) for member in alive if not _is_settler(member)):
         workers[name] = Worker(int(threads), int(begins[name]) if name in begins else None)
     return workers
+
+
+def _is_settler(member: str) -> bool:
+    """Whether this member of `workers` has no threads for polls."""
+    return member.endswith(" 0")

@@ -227,7 +227,8 @@ def find(timetable: Timetable, wanted: Wanted, first: int, most: int) -> tuple[l
 
     Reads no account, and without a text only the groups that it needs: a page of 100,000 is as quick as one of 100.
     """
-    states = [state for state in BY_TROUBLE if wanted.state in {"", "overdue", state}]
+    seen_as = "paused" if timetable.is_paused() else None
+    states = [state for state in BY_TROUBLE if wanted.state in {"", "overdue", seen_as or state}]
     fits = _fitting(timetable, wanted)
     found: list[str] = []
     passed = 0

@@ -15,7 +15,7 @@ from worker import figures, ops
 from worker.figures import Figures
 from worker.ops import LetterRow, Standing, Wanted
 from worker.settings import format_duration
-from worker.timetable import POLLS, Timetable
+from worker.timetable import POLLS, Breaker, Timetable
 
 #: Accounts on one page.
 PAGE = 200
@@ -86,16 +86,31 @@ def read(timetable: Timetable, stream: str, wanted: Wanted, page: int) -> Status
 
 
 def troubles(timetable: Timetable, found: Figures) -> Iterator[Trouble]:
-    """What is wrong, the gravest first."""
+    """What is wrong, the gravest first; but first of all what somebody has ordered."""
+    yield from _all_paused(found)
     yield from _silent_beat(found)
     yield from _missing_workers(found)
+    yield from _held_claims(found)
     yield from _blocked(timetable, found)
+    yield from _held_institutions(found)
+    yield from _spent_budgets(found)
     yield from _overdue(timetable, found)
     yield from _dead(timetable, found)
     yield from _missing_callbacks(timetable, found)
+    yield from _missing_settlers(found)
     yield from _unsettled(found)
     yield from _ending_tokens(found)
     yield from _slow_groups(found)
+
+
+def _all_paused(found: Figures) -> Iterator[Trouble]:
+    if found.limits.paused_at_ms is not None:
+        yield Trouble(
+            "Everything is paused",
+            "Nothing is sent for any account until an operator resumes; each keeps its place, and nothing is lost.",
+            "balances resume --all",
+            (Case("paused", since_ms=found.limits.paused_at_ms),),
+        )
 
 
 def _silent_beat(found: Figures) -> Iterator[Trouble]:
@@ -122,6 +137,49 @@ def _missing_workers(found: Figures) -> Iterator[Trouble]:
         advice = f"{_many(waiting, 'poll')} in the queue, and nobody begins any. Restart the workers, one at a time:"
         cases = tuple(Case(name, "last began", worker.last_begin_ms) for name, worker in found.workers.items())
         yield Trouble("Workers are alive and consume nothing", advice, "balances check", *_named(cases, len(cases)))
+
+
+def _held_claims(found: Figures) -> Iterator[Trouble]:
+    if found.held_ms:
+        yield Trouble(
+            "Nothing is claimed after a jump of the clock",
+            "What is under way may end first; all waits were moved along, and polling goes on by itself. Mend the "
+            "clock of the Redis server, or it jumps again.",
+            "",
+            (Case("nothing is claimed until", since_ms=found.now_ms + found.held_ms),),
+        )
+
+
+def _held_institutions(found: Figures) -> Iterator[Trouble]:
+    by_age = sorted(found.limits.breakers.items(), key=lambda each: each[1].opened_at_ms)
+    if by_age:
+        cases = [_held_case(name, breaker, found.now_ms) for name, breaker in by_age]
+        yield Trouble(
+            f"{_many(len(cases), 'institution')} held",
+            "Many of its logins failed for one cause, so one poll at a time probes it, instead of all being paid for. "
+            "Its first balance lets everybody go: nothing needs to be typed. See whether the bank or Khipu is away.",
+            "",
+            *_named(cases, len(cases)),
+        )
+
+
+def _held_case(institution: str, breaker: Breaker, now_ms: int) -> Case:
+    wait = format_duration(timedelta(seconds=max(0, breaker.next_probe_ms - now_ms) // 1000))
+    probe = f"next probe in {wait}" if breaker.next_probe_ms > now_ms else "the next probe may go now"
+    return Case(institution, f"{breaker.cause}; {probe}", breaker.opened_at_ms)
+
+
+def _spent_budgets(found: Figures) -> Iterator[Trouble]:
+    limits = found.limits
+    whose = (["all logins"] if limits.is_all_spent else []) + sorted(limits.spent_logins)
+    if whose:
+        yield Trouble(
+            "A daily budget is spent",
+            f"Nothing of it goes out until {limits.next_day}; accounts stay due, and nothing is lost. It goes on by "
+            "itself; to go on now, raise daily_requests in the accounts file, then:",
+            "balances sync",
+            *_named((Case(name, f"spent until {limits.next_day}") for name in whose), len(whose)),
+        )
 
 
 def _blocked(timetable: Timetable, found: Figures) -> Iterator[Trouble]:
@@ -200,6 +258,16 @@ def _missing_callbacks(timetable: Timetable, found: Figures) -> Iterator[Trouble
             "public address?",
             "balances check",
             tuple(Case(alias, "asked", since_ms, f"balances accounts {alias}") for alias, since_ms in late),
+        )
+
+
+def _missing_settlers(found: Figures) -> Iterator[Trouble]:
+    if not found.settlers and (found.awaiting.count or found.unsettled.count):
+        yield Trouble(
+            "No settler is alive",
+            "Callbacks are awaited; what they bring is stored, not lost, and settled when a settler runs. Start the "
+            "Procfile's settler, then:",
+            "balances check",
         )
 
 

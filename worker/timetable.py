@@ -184,10 +184,11 @@ class HeldBack:
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """Why an institution is held and probed, and since when."""
+    """Why an institution is held and probed, since when, and when its next probe may go."""
 
     cause: str
     opened_at_ms: int
+    next_probe_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -813,15 +814,16 @@ class Timetable:
         pipeline.hmget("config", "paused_at", "daily_requests")
         pipeline.smembers("breakers")
         pipeline.hgetall("budgets")
-        pipeline.hgetall(f"requests:{today}")
-        (paused_at, total), institutions, budgets, used = _guard(pipeline.execute)
+        (paused_at, total), institutions, budgets = _guard(pipeline.execute)
+        counted = ["*", *budgets]
+        used = dict(zip(counted, _guard(lambda: self.client.hmget(f"requests:{today}", counted)), strict=True))
         names = sorted(institutions)
         breakers = zip(names, self._hashes([f"breaker:{name}" for name in names]), strict=True)
         return Reached(
             paused_at_ms=int(paused_at) if paused_at else None,
-            breakers={name: Breaker(fields["cause"], int(fields["opened_at"])) for name, fields in breakers if fields},
-            spent_logins=frozenset(name for name, most in budgets.items() if int(used.get(name, 0)) >= int(most)),
-            is_all_spent=bool(total) and int(used.get("*", 0)) >= int(total),
+            breakers={name: _read_breaker(fields) for name, fields in breakers if fields},
+            spent_logins=frozenset(name for name, most in budgets.items() if int(used[name] or 0) >= int(most)),
+            is_all_spent=bool(total) and int(used["*"] or 0) >= int(total),
             next_day=f"{today + timedelta(days=1)}T00:00Z",
         )
 
@@ -1009,6 +1011,10 @@ def _read_retry(text: str) -> Retry:
 @lru_cache(maxsize=4)
 def _read_limits(text: str) -> Limits:
     return Limits.model_validate_json(text)
+
+
+def _read_breaker(fields: Mapping[str, str]) -> Breaker:
+    return Breaker(fields["cause"], int(fields["opened_at"]), int(fields["next_probe"]))
 
 
 def _by(is_answer: bool) -> str:

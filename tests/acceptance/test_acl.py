@@ -199,6 +199,7 @@ def assert_exporter_answers(machine: Guarded) -> None:
         url = machine.url("exporter")
         machine.start("exporter", "-m", "worker.exporter", BALANCES_REDIS_URL=url, BALANCES_EXPORTER_PORT=str(port))
         wait_until(lambda: machine.answers(f"http://{LOOPBACK}:{port}/metrics"), PATIENCE_S, "an exporter")
+        assert machine.answers(f"http://{LOOPBACK}:{port}/"), "its status page"
 
 
 # --------------------------------------------------------------------------------------------- what nobody may do

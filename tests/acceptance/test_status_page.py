@@ -22,13 +22,15 @@ from click.testing import CliRunner
 from machine import PATIENCE_S, Account, Machine
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 from servers import ROOT, ValkeyServer, wait_until
-from world import Entry, World, read_entries
+from world import BANK, Entry, World, read_entries
 
 from worker.cli import main
+from worker.clock import Jump
 from worker.errors import Kind, Outcome
-from worker.policy import DeadLetterQueue
+from worker.policy import Counters, DeadLetterQueue
 from worker.store import LOOPBACK, free_port, tethered
 
+DAY_MS = 86_400_000
 NUMBER, AMOUNT = "70017001", "424242"
 SCRIPT = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
 
@@ -196,6 +198,11 @@ def test_when_nothing_is_wrong_it_says_so(page: Page, store: redis.Redis, export
         (lambda w: w.client.zadd("received", {"calm-1 1 1": 1}), "1 answer not settled"),
         (lambda w: w.client.zadd("token_expires", {"acme": 1_800_000_000}), "1 token about to end"),
         (lambda w: _fall_behind(w), "1 consumer group behind"),
+        (lambda w: _await(w), "No settler is alive"),
+        (lambda w: w.client.zadd("received", {"calm-1 1 1": 1}), "No settler is alive"),
+        (lambda w: w.client.hset("budgets", "stark", 0), "A daily budget is spent"),
+        (lambda w: w.client.hset("config", "daily_requests", 0), "A daily budget is spent"),
+        (lambda w: w.timetable.hold(Jump(3_600_000, 0), w.claim()), "Nothing is claimed after a jump of the clock"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -222,6 +229,69 @@ def _await(world: World) -> None:
 def _fall_behind(world: World) -> None:
     world.client.xgroup_create("balances", "ledger", "0")
     world.client.hset("config", "retention_ms", 1)
+
+
+def test_a_settler_that_is_alive_is_not_missed(page: Page, world: World, exporter: Exporter) -> None:
+    _await(world)
+    world.timetable.register_worker("settler@one:4", 0, ttl_s=60)
+    page.goto(exporter.url)
+    expect(page.locator("h2", has_text="Callbacks are missing")).to_have_count(1)
+    expect(page.locator("h2", has_text="No settler is alive")).to_have_count(0)
+
+
+def test_a_pause_over_everything_comes_first_and_lies_over_every_account(
+    page: Page, world: World, exporter: Exporter
+) -> None:
+    world.client.sadd("overdue", "calm-1")
+    world.timetable.pause_all()
+    page.goto(exporter.url)
+    banner = page.locator("#troubles article").first
+    assert banner.locator("h2").inner_text() == "Everything is paused"
+    assert banner.locator("code").all_inner_texts() == ["balances resume --all"]
+    assert re.search(r"paused · .* UTC", banner.locator("li").inner_text())
+    expect(page.locator("h2", has_text="overdue")).to_have_count(0)
+    assert set(page.locator("tbody td[data-is=state]").all_inner_texts()) == {"paused"}
+    assert "paused while waiting" in row(page, "waits")
+    assert "balances resume --all" in row(page, "waits")
+    assert page.locator("nav a").all_inner_texts() == ["all 13", "paused 13"]
+    page.get_by_label("state").select_option("paused")
+    expect(page.locator("tbody tr")).to_have_count(13)
+    page.get_by_label("state").select_option("waiting")
+    expect(page.locator("tbody tr")).to_have_count(0)
+    world.timetable.resume_all()
+    page.get_by_label("state").select_option("")
+    expect(page.locator("h2", has_text="Everything is paused")).to_have_count(0)
+    assert "scheduled" in row(page, "fine")
+
+
+def test_an_institution_that_is_held_is_told_with_its_cause_and_its_next_probe(
+    page: Page, store: redis.Redis, exporter: Exporter
+) -> None:
+    world = World(store)
+    world.apply(read_entries(*(Entry(f"a{number}", f"login-{number}", f"1{number}") for number in range(6))))
+    for number in range(5):
+        token = world.start(f"a{number}").token
+        world.timetable.postpone(token, DAY_MS, Counters(), Outcome(Kind.ANSWERED, "E201", "RETRY_IMMEDIATELY"))
+    world.claim()
+    page.goto(exporter.url)
+    held = page.locator("#troubles article", has=page.locator("h2", has_text="1 institution held"))
+    case = held.locator("li").inner_text()
+    assert re.search(rf"^cl/business/{re.escape(BANK)} · unavailable; next probe in \d+s · .* UTC$", case, re.DOTALL)
+    assert held.locator("code").count() == 0, "nothing needs to be typed"
+    world.client.hset(f"breaker:cl/business/{BANK}", "next_probe", 1)
+    page.reload()
+    assert "the next probe may go now" in held.locator("li").inner_text()
+
+
+def test_a_budget_that_is_spent_is_told_with_whose_and_until_when(page: Page, world: World, exporter: Exporter) -> None:
+    world.client.hset("budgets", "stark", 0)
+    world.client.hset("config", "daily_requests", 0)
+    page.goto(exporter.url)
+    spent = page.locator("#troubles article", has=page.locator("h2", has_text="A daily budget is spent"))
+    told = spent.locator("li").all_inner_texts()
+    assert [text.partition(" · ")[0] for text in told] == ["all logins", "stark"]
+    assert all(re.search(r"spent until \d{4}-\d\d-\d\dT00:00Z$", text) for text in told)
+    assert spent.locator("code").all_inner_texts() == ["balances sync"]
 
 
 @pytest.mark.usefixtures("world")

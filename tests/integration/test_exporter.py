@@ -18,6 +18,7 @@ from servers import ValkeyServer
 from test_callbacks import CallbackWorld
 from world import BANK, LEASE_MS, MINUTE_MS, STREAM, Entry, World, answer, read, read_entries
 
+from worker import ops
 from worker.accounts import Limits
 from worker.errors import Kind, Outcome
 from worker.exporter import BUCKETS, make_app
@@ -27,6 +28,8 @@ from worker.timetable import ANSWERS, POLLS, connect
 
 TABLE = Path(__file__).parents[2] / "docs" / "metrics.md"
 NUMBER = "90000000"
+#: Of which one name has two, and since when they are open (s).
+BREAKERS = {"cl/business/one.cl": 1_800_000_000, "cl/personal/one.cl": 1_700_000_000}
 
 
 @pytest.fixture
@@ -64,6 +67,12 @@ def world(store: redis.Redis) -> World:
     store.hset("config", "limits", Limits(daily_requests=9).model_dump_json())
     store.xgroup_create(STREAM, "ledger", "0")
     store.zadd("begins", {"worker@one:1": world.timetable.now_ms()})
+    store.hset("budgets", mapping={"login-c": 2, "login-d": 9})
+    store.hset(f"requests:{today}", mapping={"login-c": 2, "login-d": 8})
+    store.sadd("breakers", *BREAKERS)
+    for name, opened_s in BREAKERS.items():
+        breaker = {"cause": "gateway", "opened_at": opened_s * 1000, "next_probe": opened_s * 1000 + 1}
+        store.hset(f"breaker:{name}", mapping=breaker)
     return world
 
 
@@ -90,14 +99,18 @@ def table() -> dict[str, tuple[str, list[str]]]:
     return {name: (type_, re.findall(r"`(\w+)`", labels)) for name, type_, labels in rows}
 
 
-@pytest.mark.usefixtures("world")
-def test_the_table_has_every_metric_and_each_is_as_it_says(url: str) -> None:
+def test_the_table_has_every_metric_and_each_is_as_it_says(world: World, url: str) -> None:
+    families = scrape(url)
+    world.timetable.pause_all()
+    paused = scrape(url)
+    assert families.keys() == paused.keys()
     said = {}
-    for family in scrape(url).values():
+    for family in families.values():
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = {label for sample in family.samples for label in sample.labels}
+        samples = family.samples or paused[family.name].samples
+        labels = {label for sample in samples for label in sample.labels}
         said[name] = (family.type, frozenset(labels - {"le"}))
-        assert family.samples, f"{name} was never seen with a sample by this test"
+        assert samples, f"{name} was never seen with a sample by this test"
     assert said == {name: (type_, frozenset(labels)) for name, (type_, labels) in table().items()}
 
 
@@ -142,6 +155,38 @@ def test_the_numbers_are_those_of_the_world(world: World, url: str) -> None:
     assert values(families, "balances_workers") == {(): 2}
     assert values(families, "balances_worker_threads") == {("test",): 100, ("worker@one:1",): 4}
     assert values(families, "balances_stream_group_lag_entries")[("ledger",)] == world.client.xlen(STREAM)
+
+
+def test_what_limits_do_is_told(world: World, url: str) -> None:
+    families = scrape(url)
+    assert values(families, "balances_paused") == values(families, "balances_settlers") == {}
+    assert families["balances_paused"].samples
+    assert not families["balances_paused_since_timestamp_seconds"].samples
+    assert values(families, "balances_logins_budget_spent") == {(): 1}
+    assert values(families, "balances_breakers_open") == {("one.cl",): 2}
+    told = [tuple(sample.labels.values()) for sample in families["balances_breakers_open"].samples]
+    assert told == [(BANK,), ("one.cl",)], "also where none is open"
+    opened = values(families, "balances_breakers_open_oldest_timestamp_seconds")
+    assert opened == {("one.cl", "gateway"): 1_700_000_000}
+    world.timetable.register_worker("settler@one:4", 0, ttl_s=60)
+    assert values(scrape(url), "balances_settlers") == {(): 1}
+
+
+def test_while_everything_is_paused_operators_and_metrics_see_the_same(world: World, url: str) -> None:
+    assert values(scrape(url), "balances_oldest_as_of_timestamp_seconds")
+    world.timetable.pause_all()
+    paused_s = world.timetable.now_ms() / 1000
+    families = scrape(url)
+    assert {row.state for row in ops.accounts(world.timetable)} == {"paused"}
+    assert values(families, "balances_accounts") == {(BANK, "paused"): 4}
+    assert values(families, "balances_accounts_overdue") == {}
+    assert values(families, "balances_oldest_as_of_timestamp_seconds") == {}
+    assert values(families, "balances_paused") == {(): 1}
+    assert values(families, "balances_paused_since_timestamp_seconds")[()] == pytest.approx(paused_s, abs=5)
+    world.timetable.resume_all()
+    assert values(scrape(url), "balances_accounts") == {
+        (BANK, state): 1 for state in ("awaiting", "waiting", "suspended", "blocked")
+    }
 
 
 @pytest.mark.usefixtures("world")
