@@ -223,7 +223,7 @@ FAULTS: dict[str, Patch] = {
     "a licence of the clock's future is worth nothing": Patch(
         "shared", "    redis.call('ZADD', key, whole(now), each)\n", "    redis.call('ZREM', key, each)\n"
     ),
-    "begin keeps the place of what it gives back": Patch("begin", "  free(login, held)\n  hold_back(", "  hold_back("),
+    "begin keeps the place of what it gives back": Patch("begin", "  free(login, held)\n  if why", "  if why"),
     "the window is half a minute": Patch(
         "shared", "WINDOW_MS, PACE_MS = 62000, 63000", "WINDOW_MS, PACE_MS = 30000, 31000"
     ),
