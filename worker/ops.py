@@ -347,7 +347,7 @@ def story(timetable: Timetable, alias: str) -> Story:
         max_waits=timetable.retry().max_waits,
         losses=int(fields["losses"]),
         attempts=tuple(map(_attempt_row, timetable.history(alias))),
-        commands=_commands(row, fields["state"], is_all_paused=is_all_paused, rests=is_resting(login, now_ms)),
+        commands=_commands(row, fields["state"], is_all_paused=is_all_paused, rests=_is_resting(login, now_ms)),
     )
 
 
@@ -360,8 +360,8 @@ def _held_by(reached: Reached, fields: Mapping[str, str], login: Mapping[str, st
         yield f"{_budget_words(None, reached)}."
     elif fields["login"] in reached.spent_logins:
         yield f"{_budget_words(fields['login'], reached)}."
-    if is_resting(login, now_ms):
-        yield f"{_rest_words(fields['login'], login)}."
+    if _is_resting(login, now_ms):
+        yield f"its {_rest_words(fields['login'], login)}."
     if institution in reached.breakers:
         yield f"{_breaker_words(institution, reached.breakers[institution])}."
     elif login.get("held_by") == "rate" and int(login["not_before"]) > now_ms:
@@ -377,14 +377,14 @@ def _budget_words(login: str | None, reached: Reached) -> str:
     return f"daily budget of {f'login {login}' if login else 'all logins'} spent until {reached.next_day}"
 
 
-def is_resting(login: Mapping[str, str], now_ms: int) -> bool:
+def _is_resting(login: Mapping[str, str], now_ms: int) -> bool:
     """Whether nothing of the login goes out, after too many failures that may each have been a bad log-on."""
     return int(login.get("rests_until", 0)) > now_ms
 
 
 def _rest_words(name: str, login: Mapping[str, str]) -> str:
     return (
-        f"its login {name} rests until {iso(int(login['rests_until']))}: {login['generic']} generic failures in a row; "
+        f"login {name} rests until {iso(int(login['rests_until']))}: {login['generic']} generic failures in a row; "
         f"a bad password may hide behind them; where it is right: balances unblock {name}"
     )
 
@@ -655,6 +655,7 @@ def check(settings: Settings, accounts: Accounts, credentials: CredentialStore, 
         timetable = Timetable(client, stream=settings.stream)
         findings += _check_tokens(accounts, credentials, timetable.now_ms())
         findings += _check_limits(timetable.reached())
+        findings += _check_rests(timetable.logins(), timetable.now_ms())
     return findings
 
 
@@ -668,6 +669,12 @@ def _check_limits(reached: Reached) -> Iterator[Finding]:
         yield Finding("budget", False, _budget_words(login, reached))
     if reached.is_all_spent:
         yield Finding("budget", False, _budget_words(None, reached))
+
+
+def _check_rests(logins: Mapping[str, dict[str, str]], now_ms: int) -> Iterator[Finding]:
+    for name, fields in logins.items():
+        if _is_resting(fields, now_ms):
+            yield Finding("login", False, _rest_words(name, fields))
 
 
 def _check_groups(client: redis.Redis, stream: str) -> Iterator[Finding]:
