@@ -233,7 +233,7 @@ FAULTS = [
     Fault(
         "accept lets the login's next account go",
         "accept",
-        "whole(math.min(now + hold_ms, due))",
+        "whole(hold_end(due))",
         "whole(now)",
         callbacks.test_the_login_is_held_for_login_hold_and_then_its_next_account_goes,
     ),
