@@ -180,6 +180,8 @@ def report(news: News) -> None:
             log.error("institution held", institution=news.institution, cause=news.cause, logins=news.logins)
         case "breaker closed":
             log.info("institution back", institution=news.institution)
+        case "login rests":
+            log.warning("login rests", login=news.login, until=news.until)
         case _:
             log.warning("daily budget spent", login=news.login or None, until=news.until)
 

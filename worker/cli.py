@@ -532,14 +532,14 @@ def release(timetable: Timetable, aliases: tuple[str, ...], institution: str, lo
 @as_json
 @with_timetable
 def unblock(timetable: Timetable, login: str, is_json: bool) -> None:
-    """Lift a login's block and forgive the credential that failed.
+    """Lift a login's block and forgive the credential that failed; end a login's rest.
 
     \b
     Example:
       balances unblock hooli
     """
-    ops.unblock(timetable, login)
-    tell([(login, None)], "unblocked; one account goes first", is_json)
+    done = ops.unblock(timetable, login)
+    tell([(login, None)], f"{done}; one account goes first", is_json)
 
 
 @main.command()

@@ -347,7 +347,7 @@ def story(timetable: Timetable, alias: str) -> Story:
         max_waits=timetable.retry().max_waits,
         losses=int(fields["losses"]),
         attempts=tuple(map(_attempt_row, timetable.history(alias))),
-        commands=_commands(row, fields["state"], is_all_paused=is_all_paused),
+        commands=_commands(row, fields["state"], is_all_paused=is_all_paused, rests=_is_resting(login, now_ms)),
     )
 
 
@@ -360,6 +360,8 @@ def _held_by(reached: Reached, fields: Mapping[str, str], login: Mapping[str, st
         yield f"{_budget_words(None, reached)}."
     elif fields["login"] in reached.spent_logins:
         yield f"{_budget_words(fields['login'], reached)}."
+    if _is_resting(login, now_ms):
+        yield f"its {_rest_words(fields['login'], login)}."
     if institution in reached.breakers:
         yield f"{_breaker_words(institution, reached.breakers[institution])}."
     elif login.get("held_by") == "rate" and int(login["not_before"]) > now_ms:
@@ -373,6 +375,18 @@ def _pause_words(paused_at_ms: int) -> str:
 
 def _budget_words(login: str | None, reached: Reached) -> str:
     return f"daily budget of {f'login {login}' if login else 'all logins'} spent until {reached.next_day}"
+
+
+def _is_resting(login: Mapping[str, str], now_ms: int) -> bool:
+    """Whether nothing of the login goes out, after too many failures that may each have been a bad log-on."""
+    return int(login.get("rests_until", 0)) > now_ms
+
+
+def _rest_words(name: str, login: Mapping[str, str]) -> str:
+    return (
+        f"login {name} rests until {iso(int(login['rests_until']))}: {login['generic']} generic failures in a row; "
+        f"a bad password may hide behind them; where it is right: balances unblock {name}"
+    )
 
 
 def _breaker_words(institution: str, breaker: Breaker) -> str:
@@ -395,7 +409,7 @@ def _attempt_row(entry: str) -> AttemptRow:
     return AttemptRow(iso(int(ended_ms)), int(poll), int(attempt), int(duration_ms) / 1000, outcome)
 
 
-def _commands(row: AccountRow, underneath: str, *, is_all_paused: bool) -> tuple[str, ...]:
+def _commands(row: AccountRow, underneath: str, *, is_all_paused: bool, rests: bool = False) -> tuple[str, ...]:
     """What an operator can type about this account now, the likeliest first."""
     alias = row.alias
     commands = {
@@ -405,7 +419,7 @@ def _commands(row: AccountRow, underneath: str, *, is_all_paused: bool) -> tuple
     }.get(underneath, ())
     if is_all_paused:
         return ("balances resume --all", *commands)
-    if row.state == "blocked":
+    if row.state == "blocked" or rests:
         commands = (f"balances unblock {row.login}", *commands)
     return (f"balances resume {alias}", *commands) if row.state == "paused" else (*commands, f"balances pause {alias}")
 
@@ -599,13 +613,15 @@ def _why_not_released(timetable: Timetable, alias: str) -> str:
     return _filled(f"it is not parked; {ADVICE[state]}", alias, fields)
 
 
-def unblock(timetable: Timetable, login: str) -> None:
-    """Lifts a login's block; raises `Refused` where there is none."""
-    if login not in timetable.logins():
+def unblock(timetable: Timetable, login: str) -> str:
+    """Lifts a login's block, or ends its rest; returns what it did. Raises `Refused` where there is neither."""
+    fields = timetable.logins().get(login)
+    if fields is None:
         raise Refused(f"{login}: no such login; see: balances accounts")
     reason = timetable.unblock(login)
     if reason:
         raise Refused(f"{login}: {reason}")
+    return "unblocked" if "blocked" in fields else "its rest is over"
 
 
 def purge(timetable: Timetable) -> Order:
@@ -639,6 +655,7 @@ def check(settings: Settings, accounts: Accounts, credentials: CredentialStore, 
         timetable = Timetable(client, stream=settings.stream)
         findings += _check_tokens(accounts, credentials, timetable.now_ms())
         findings += _check_limits(timetable.reached())
+        findings += _check_rests(timetable.logins(), timetable.now_ms())
     return findings
 
 
@@ -652,6 +669,12 @@ def _check_limits(reached: Reached) -> Iterator[Finding]:
         yield Finding("budget", False, _budget_words(login, reached))
     if reached.is_all_spent:
         yield Finding("budget", False, _budget_words(None, reached))
+
+
+def _check_rests(logins: Mapping[str, dict[str, str]], now_ms: int) -> Iterator[Finding]:
+    for name, fields in logins.items():
+        if _is_resting(fields, now_ms):
+            yield Finding("login", False, _rest_words(name, fields))
 
 
 def _check_groups(client: redis.Redis, stream: str) -> Iterator[Finding]:

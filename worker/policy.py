@@ -91,17 +91,22 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Ask again after `countdown`; `counters` are the account's from now on."""
+    """Ask again after `countdown`; `counters` are the account's from now on.
+
+    `rest`: for so long nothing of its login goes out, whichever account's; None where this one alone waits.
+    """
 
     countdown: timedelta
     counters: Counters
+    rest: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """Suspend (or, after-notification, park) the account, with a letter in `queue`."""
+    """Suspend (or, after-notification, park) the account, with a letter in `queue`; `rest` as of `Retry`."""
 
     queue: DeadLetterQueue
+    rest: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +127,7 @@ GENERIC_ERRORS = frozenset({"E000", "E999", "T000"})
 #: The bank itself is unavailable, for whoever asks.
 TARGET_ERROR = re.compile(r"E2\d\d")
 
-#: So many generic failures in a row cost a login what a bad log-on may: the last one waits (banks lock after 3–5).
+#: From so many generic failures in a row on, each costs a login what a bad log-on may: it rests (banks lock after 3–5).
 MAX_GENERIC = 3
 #: A held institution is probed at least this often.
 LONGEST_PROBE_PAUSE = timedelta(minutes=10)
@@ -146,7 +151,7 @@ def decide(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) 
         counters = replace(counters, losses=0)
     match outcome.kind:
         case Kind.ANSWERED:
-            return _answered(outcome, counters, jitter, retry)
+            return _rest_too(_answered(outcome, counters, jitter, retry), outcome, counters, jitter, retry)
         case Kind.OK:
             return Publish()
         case Kind.UNAUTHORIZED | Kind.KEY_REFUSED:
@@ -239,6 +244,13 @@ def _answered(outcome: Outcome, counters: Counters, jitter: float, retry: Ladder
 def _spends_a_log_on(outcome: Outcome, counters: Counters) -> bool:
     """Whether this is one generic failure too many: banks report a bad password as a time-out or a generic error."""
     return outcome.code in GENERIC_ERRORS and counters.generic + 1 >= MAX_GENERIC
+
+
+def _rest_too(decision: Decision, outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) -> Decision:
+    """The same, and a rest of the whole login: its other accounts would each try the same log-on."""
+    if isinstance(decision, Retry | DeadLetter) and _spends_a_log_on(outcome, counters):
+        return replace(decision, rest=retry.wait * (1 + WAIT_JITTER * jitter))
+    return decision
 
 
 def _lost(outcome: Outcome, counters: Counters, jitter: float, retry: Ladders) -> Decision:

@@ -107,7 +107,10 @@ class Lapse:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What happened to a limit: `what` is "breaker opened" or "closed", "login budget spent", "total budget spent"."""
+    """What happened to a limit.
+
+    `what`: "breaker opened", "breaker closed", "login budget spent", "total budget spent", "login rests".
+    """
 
     what: str
     institution: str = ""
@@ -175,7 +178,7 @@ class OtherScheme:
 class HeldBack:
     """Over a limit for `wait_ms` more; nothing was begun, and nothing is lost.
 
-    `why`: "rate", "breaker", "login budget", "total budget".
+    `why`: "rate", "breaker", "login budget", "total budget", "rest".
     """
 
     why: str
@@ -519,11 +522,18 @@ class Timetable:
         return None if result[0] == "foreign" else Settled(result[0], result[1] == "true")
 
     def postpone(
-        self, token: Token, countdown_ms: int, counters: Counters, outcome: Outcome, *, is_answer: bool = False
+        self,
+        token: Token,
+        countdown_ms: int,
+        counters: Counters,
+        outcome: Outcome,
+        *,
+        rest: timedelta | None = None,
+        is_answer: bool = False,
     ) -> Postponed | None:
-        """Lets the account wait. None: the token is stale, nothing changed."""
+        """Lets the account wait, and its login `rest`. None: the token is stale; at most the login rests."""
         tried = (counters.tries, counters.waits, counters.losses)
-        ended = (outcome.code, _by(is_answer), policy.class_of(outcome), policy.cause_of(outcome) or "")
+        ended = (outcome.code, _by(is_answer), policy.class_of(outcome), policy.cause_of(outcome) or "", _ms_of(rest))
         return _read_postponed(self._run("postpone", *token.args, countdown_ms, *tried, *ended))
 
     def conclude(
@@ -543,26 +553,33 @@ class Timetable:
         one is there, nothing else decides.
         """
         match decision:
-            case policy.Retry(countdown, counters):
-                return self.postpone(token, to_ms(countdown), counters, outcome, is_answer=is_answer)
-            case policy.DeadLetter(queue):
+            case policy.Retry(countdown, counters, rest):
+                return self.postpone(token, to_ms(countdown), counters, outcome, rest=rest, is_answer=is_answer)
+            case policy.DeadLetter(queue, rest):
                 short_ms = to_ms(retry.immediately[0])
-                return self.suspend(token, queue, outcome, short_ms=short_ms, is_answer=is_answer)
+                return self.suspend(token, queue, outcome, short_ms=short_ms, rest=rest, is_answer=is_answer)
             case policy.Block(credential):
                 failed = bank if credential is Credential.BANK else key
                 return self.block(token, credential, failed, outcome, short_ms=to_ms(retry.immediately[0]))
         assert_never(decision)
 
     def suspend(
-        self, token: Token, queue: DeadLetterQueue, outcome: Outcome, *, short_ms: int = 0, is_answer: bool = False
+        self,
+        token: Token,
+        queue: DeadLetterQueue,
+        outcome: Outcome,
+        *,
+        short_ms: int = 0,
+        rest: timedelta | None = None,
+        is_answer: bool = False,
     ) -> Postponed | Suspension | None:
         """Suspends the account, or parks it in the queue of those that await a notification, with its letter.
 
         Returns the new state; or, where a release overtook the parking, a short wait of `short_ms`; or None for a
-        stale token.
+        stale token. Its login may `rest` as well.
         """
         state: Suspension = "parked" if queue is DeadLetterQueue.AFTER_NOTIFICATION else "suspended"
-        return self._suspend(state, token, queue, outcome, short_ms, "", "", "", _by(is_answer))
+        return self._suspend(state, token, queue, outcome, short_ms, "", "", "", _by(is_answer), rest)
 
     def block(
         self,
@@ -594,6 +611,7 @@ class Timetable:
         fingerprint: str,
         how: str,
         by: str = "",
+        rest: timedelta | None = None,
     ) -> Postponed | Suspension | None:
         reason = {"code": outcome.code, "type": outcome.type or "", "description": outcome.description}
         # The letter is filled by the script, which knows the token; its queue and reason are placeholders as well.
@@ -613,6 +631,7 @@ class Timetable:
             by,
             policy.class_of(outcome),
             policy.cause_of(outcome) or "",
+            _ms_of(rest),
         )
         return cast(Suspension, result[0]) if result[0] == state else _read_postponed(result)
 
@@ -709,7 +728,7 @@ class Timetable:
         return _read_refusal(self._run("discard", alias, self._actor))
 
     def unblock(self, login: str) -> str | None:
-        """Lifts the block and forgives what failed. Returns None, or why not."""
+        """Lifts the block and forgives what failed, and ends a rest. Returns None, or why not."""
         return _read_refusal(self._run("unblock", self._stream, login, "operator", "", self._actor))
 
     def unblock_with(self, login: str, credential: Credential, fingerprint: str, *, actor: str = "") -> str | None:
@@ -1015,6 +1034,10 @@ def _read_limits(text: str) -> Limits:
 
 def _read_breaker(fields: Mapping[str, str]) -> Breaker:
     return Breaker(fields["cause"], int(fields["opened_at"]), int(fields["next_probe"]))
+
+
+def _ms_of(rest: timedelta | None) -> int | str:
+    return "" if rest is None else to_ms(rest)
 
 
 def _by(is_answer: bool) -> str:

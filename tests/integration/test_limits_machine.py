@@ -1,11 +1,13 @@
 """A machine that looks for a way around the limits: no rule of the scripts is known here, only what they promise.
 
 No minute has more requests to an institution than `rate`, no day more than the budget; nothing begins while everything
-is paused, and behind an open breaker only its probe does; every account has exactly one next step; and in the end, when
-all of it is lifted and the bank answers again, every account that is to be polled is.
+is paused or its login rests, and behind an open breaker only its probe does; every account has exactly one next step;
+and in the end, when all of it is lifted and the bank answers again, every account that is to be polled is.
 """
 
 from __future__ import annotations
+
+from datetime import timedelta
 
 import pytest
 import redis
@@ -38,6 +40,7 @@ from worker.accounts import Accounts
 from worker.celery import settling_template
 from worker.errors import Kind, Outcome
 from worker.policy import Cause, Counters, DeadLetterQueue
+from worker.settings import to_ms
 from worker.timetable import Begun, Token
 
 #: Two logins are enough, so that breakers open and close all the time.
@@ -54,6 +57,7 @@ ALIASES = tuple(entry.alias for entry in ENTRIES)
 INSTITUTION_OF = {entry.alias: f"cl/business/{entry.institution}" for entry in ENTRIES}
 BUDGET = 40
 DAY_MS = 86_400_000
+REST = timedelta(minutes=20)
 
 
 def limited(rate: int, budget: int = BUDGET) -> Accounts:
@@ -73,6 +77,7 @@ class LimitsMachine(RuleBasedStateMachine):
         self.world.timetable = self.timetable
         self.open: list[Begun] = []
         self.requests: list[tuple[int, str, int]] = []  # elapsed ms, institution, server's day
+        self.resting: dict[str, int] = {}  # login → until when (ms)
         self.elapsed_ms = 0
         self.set_clock(START_MS)
 
@@ -148,6 +153,7 @@ class LimitsMachine(RuleBasedStateMachine):
         if not isinstance(result, Begun):
             return
         assert not self.timetable.is_paused(), f"{token} was begun while everything was paused"
+        assert self.resting.get(token.login, 0) <= self.now_ms, f"{token} was begun while its login rests"
         held = " ".join(map(str, token.args[1:]))
         assert not is_held or probe == held, f"{token} was begun behind the breaker of {probe}"
         day = self.now_ms // DAY_MS
@@ -163,14 +169,33 @@ class LimitsMachine(RuleBasedStateMachine):
         begun = self.open[index % len(self.open)]
         match how:
             case "settle":
-                self.world.settle(begun)
+                settled = self.world.settle(begun)
+                if settled and settled.result == "published":
+                    self.resting.pop(begun.token.login, None)
             case "accept":
                 self.timetable.accept(begun, None)
             case "suspend":
                 outcome = Outcome(Kind.UNREADABLE, "UNREADABLE")
                 self.timetable.suspend(begun.token, DeadLetterQueue.BAD_ANSWER, outcome)
+            case Cause.GENERIC:
+                self.fail_generically(begun)
             case cause:
                 self.timetable.postpone(begun.token, 20 * SECOND, Counters(1), FAILED[Cause(cause)])
+
+    def fail_generically(self, begun: Begun) -> None:
+        """Every failure of the kind lets the login rest, the first one too: it is the policy that counts."""
+        login, is_open = begun.token.login, self.world.account(begun.token.account)
+        was_under_way = (is_open["state"], is_open["poll"], is_open["attempt"]) in {
+            (state, str(begun.token.poll), str(begun.token.attempt)) for state in ("polling", "awaiting")
+        }
+        self.timetable.postpone(begun.token, 20 * SECOND, Counters(1), FAILED[Cause.GENERIC], rest=REST)
+        if was_under_way:
+            self.resting[login] = max(self.now_ms + to_ms(REST), self.resting.get(login, 0))
+
+    @rule(login=st.sampled_from(sorted({entry.login for entry in ENTRIES})))
+    def end_the_rest(self, login: str) -> None:
+        self.timetable.unblock(login)
+        self.resting.pop(login, None)
 
     @invariant()
     def every_account_has_exactly_one_next_step(self) -> None:
@@ -223,7 +248,10 @@ FAULTS: dict[str, Patch] = {
     "a licence of the clock's future is worth nothing": Patch(
         "shared", "    redis.call('ZADD', key, whole(now), each)\n", "    redis.call('ZREM', key, each)\n"
     ),
-    "begin keeps the place of what it gives back": Patch("begin", "  free(login, held)\n  hold_back(", "  hold_back("),
+    "begin keeps the place of what it gives back": Patch("begin", "  free(login, held)\n  if why", "  if why"),
+    "begin and place know no rest": Patch(
+        "shared", "  return l.rests_until ~= nil and tonumber(l.rests_until) > now\n", "  return false\n"
+    ),
     "the window is half a minute": Patch(
         "shared", "WINDOW_MS, PACE_MS = 62000, 63000", "WINDOW_MS, PACE_MS = 30000, 31000"
     ),

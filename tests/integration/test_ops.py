@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from world import EVERY_S, STREAM, World, accounts_file, read
 from worker import ops
 from worker.accounts import Limits, parse_accounts
 from worker.credentials import CredentialStore
-from worker.errors import Refused
-from worker.policy import Credential
+from worker.errors import Kind, Outcome, Refused
+from worker.policy import Counters, Credential
 from worker.settings import Settings, load_settings
 from worker.timetable import connect
 
@@ -409,13 +410,15 @@ def test_check_finds_an_impossible_load_and_every_limit_that_is_reached(
 ) -> None:
     file = replace(read("one", "two"), limits=Limits(daily_requests=1))
     world.apply(file)
-    world.start("one")
+    generic = Outcome(Kind.ANSWERED, "E999", "RETRY_IMMEDIATELY")
+    world.timetable.postpone(world.start("one").token, 1000, Counters(), generic, rest=timedelta(hours=4))
     world.timetable.pause_all()
     found = ops.check(settings, file, CredentialStore({}, None), store)
     wrong = {finding.name: finding.detail for finding in found if not finding.is_right}
     assert wrong["load"] == "all logins: 2 accounts ask 192 times a day, limits.daily_requests allows 1"
     assert wrong["pause"].startswith("everything is paused since 20")
     assert wrong["budget"].startswith("daily budget of all logins spent until 20")
+    assert wrong["login"].startswith("login acme rests until 20")
 
 
 def test_check_finds_a_server_that_does_not_answer(settings: Settings) -> None:

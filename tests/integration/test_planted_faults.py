@@ -20,6 +20,7 @@ import test_counts as counts
 import test_limits as limits
 import test_overdue as overdue
 import test_purge as remains
+import test_rest as rests
 import test_timetable as rules
 import test_version as versions
 from planted_faults import Patch, patched
@@ -232,7 +233,7 @@ FAULTS = [
     Fault(
         "accept lets the login's next account go",
         "accept",
-        "whole(math.min(now + hold_ms, due))",
+        "whole(hold_end(due))",
         "whole(now)",
         callbacks.test_the_login_is_held_for_login_hold_and_then_its_next_account_goes,
     ),
@@ -919,15 +920,15 @@ FAULTS = [
     Fault(
         "begin keeps the place of what it gives back",
         "begin",
-        "  free(login, held)\n  hold_back(",
-        "  hold_back(",
+        "  free(login, held)\n  if why ~= 'rest' then hold_back(",
+        "  if why ~= 'rest' then hold_back(",
         limits.test_who_finds_no_licence_gives_the_account_back_as_it_was,
         found=False,
     ),
     Fault(
         "begin gives back what is then sent at once",
         "begin",
-        "  hold_back(login, not_before, why)\n",
+        "  if why ~= 'rest' then hold_back(login, not_before, why) end\n",
         "",
         limits.test_who_finds_no_licence_gives_the_account_back_as_it_was,
         found=False,
@@ -995,7 +996,7 @@ FAULTS = [
     Fault(
         "postpone does not say what failed",
         "postpone",
-        "  note_failure(login, a.source, token(alias, poll, attempt), ARGV[12])\n",
+        "  note_failure(login, a.source, held, ARGV[12], rest_ms)\n",
         "",
         limits.test_generic_failures_are_counted_by_login_until_one_of_its_accounts_succeeds,
         found=False,
@@ -1003,7 +1004,7 @@ FAULTS = [
     Fault(
         "suspend does not say what failed",
         "suspend",
-        "  note_failure(login, a.source, held, ARGV[17])\n",
+        "  note_failure(login, a.source, held, ARGV[17], tonumber(ARGV[18]))\n",
         "",
         breakers.test_dead_letters_count_like_waits,
         found=False,
@@ -1125,9 +1126,136 @@ FAULTS = [
         breakers.test_the_pause_begins_anew_at_the_probes_end,
         found=False,
     ),
+    Fault(
+        "place knows no rest",
+        "shared",
+        "    if is_held_back(alias, at, l.rests_until) then at = l.rests_until end\n",
+        "",
+        partial(rests.test_nothing_goes_out_before_the_rest_is_over_whatever_happens, event="poll"),
+        found=False,
+    ),
+    Fault(
+        "a rest is no failure's",
+        "shared",
+        "  if rest_ms then rest(login, rest_ms) end\n",
+        "",
+        rests.test_it_is_said_once_when_a_login_begins_to_rest,
+        found=False,
+    ),
+    Fault(
+        "a balance does not end the rest",
+        "shared",
+        "  redis.call('HDEL', 'login:' .. login, 'rests_until', 'rested_at')\n",
+        "",
+        rests.test_a_balance_that_was_on_its_way_ends_the_rest,
+        found=False,
+    ),
+    Fault(
+        "each body of a callback is a log-on",
+        "shared",
+        "  if redis.call('EXISTS', answer) == 1 and redis.call('HSETNX', answer, 'noted', 1) == 0 then return end\n",
+        "",
+        partial(
+            rests.test_a_callback_that_comes_too_late_spent_a_log_on_too_but_one_only, error_type="RETRY_IMMEDIATELY"
+        ),
+        found=False,
+    ),
+    Fault(
+        "postpone does not count what came too late",
+        "postpone",
+        "  note_late_answer(login, held, ARGV[12], rest_ms)\n",
+        "",
+        partial(
+            rests.test_a_callback_that_comes_too_late_spent_a_log_on_too_but_one_only, error_type="RETRY_IMMEDIATELY"
+        ),
+        found=False,
+    ),
+    Fault(
+        "suspend does not count what came too late",
+        "suspend",
+        "  note_late_answer(login, held, ARGV[17], tonumber(ARGV[18]))\n",
+        "",
+        partial(rests.test_a_callback_that_comes_too_late_spent_a_log_on_too_but_one_only, error_type="DO_NOT_RETRY"),
+        found=False,
+    ),
+    Fault(
+        "claim knows no rest",
+        "claim",
+        "  if is_resting(l) then\n",
+        "  if false then\n",
+        rests.test_a_place_that_becomes_free_lets_nobody_go_while_the_login_rests,
+        found=False,
+    ),
+    Fault(
+        "begin knows no rest",
+        "begin",
+        "  if is_resting(l) then return 'rest', tonumber(l.rests_until) end\n",
+        "",
+        rests.test_what_was_dispatched_when_the_rest_began_is_given_back,
+        found=False,
+    ),
+    Fault(
+        "begin leaves a hold that outlives the rest",
+        "begin",
+        "  if why ~= 'rest' then hold_back(login, not_before, why) end\n",
+        "  hold_back(login, not_before, why)\n",
+        rests.test_what_was_dispatched_when_the_rest_began_is_given_back,
+        found=False,
+    ),
+    Fault(
+        "after a rest login_hold lets another one go",
+        "accept",
+        "  return has_rested and due or math.min(now + hold_ms, due)\n",
+        "  return math.min(now + hold_ms, due)\n",
+        rests.test_with_callbacks_nobody_else_goes_before_the_first_has_ended,
+        found=False,
+    ),
+    Fault(
+        "a jump of the clock ends the rest",
+        "hold",
+        "  move_rest(login)\n",
+        "",
+        partial(rests.test_a_jump_of_the_clock_moves_the_rest, jump_ms=6 * rests.HOUR_MS),
+        found=False,
+    ),
+    Fault(
+        "a jump moves a rest that began after it",
+        "hold",
+        "  if is_new(redis.call('HGET', key, 'rested_at')) then return end\n",
+        "",
+        rests.test_a_rest_that_began_after_the_jump_is_not_moved,
+        found=False,
+    ),
+    Fault(
+        "unblock does not end a rest",
+        "unblock",
+        "  end_rest(login)\n  place(login)\n",
+        "",
+        rests.test_an_operator_ends_it_and_one_more_failure_begins_another,
+        found=False,
+    ),
+    Fault(
+        "unblock leaves the rest below the block",
+        "unblock",
+        "if by ~= 'key' and is_resting(l) then end_rest(login) end\n",
+        "",
+        partial(
+            rests.test_what_unblocks_the_bank_log_on_ends_the_rest_below,
+            unblock=lambda world: world.timetable.unblock("acme"),
+        ),
+        found=False,
+    ),
+    Fault(
+        "a new key ends the rest",
+        "unblock",
+        "if by ~= 'key' and is_resting(l)",
+        "if is_resting(l)",
+        partial(rests.test_nothing_goes_out_before_the_rest_is_over_whatever_happens, event="a new key lifts a block"),
+        found=False,
+    ),
 ]
 
-#: Found by the machine within a second, so that the normal run shows that it can fail.
+#: Found by the machine within a second""", so that the normal run shows that it can fail.
 QUICKLY_FOUND = {
     "begin without the token",
     "claim does not take the account out of those that are due",

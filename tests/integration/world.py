@@ -348,7 +348,7 @@ class Everything:
         if "probing" in state:
             expected = due.get(state.get("probe", ""), expected)
         if expected is not None and not self.asks_nothing(login, expected):
-            expected = max(expected, float(state.get("not_before", 0)))
+            expected = max(expected, float(state.get("not_before", 0)), float(state.get("rests_until", 0)))
         if "holder" in state:
             expected = float(state["until"])
         if "blocked" in state:

@@ -30,6 +30,7 @@ def test_the_third_generic_failure_of_a_login_waits(code: str, before: int, coun
     assert isinstance(decision, Retry)
     assert decision.countdown == timedelta(seconds=countdown)
     assert decision.counters.waits == (before >= 2)
+    assert decision.rest == (WAIT if before >= 2 else None), "and with it the whole login"
 
 
 def test_other_failures_climb_whatever_the_login_has_spent() -> None:
@@ -42,13 +43,28 @@ def test_other_failures_climb_whatever_the_login_has_spent() -> None:
 def test_a_type_that_is_stricter_stays_so() -> None:
     counters = Counters(generic=9)
     assert decide(answered("E999", "DO_NOT_RETRY"), counters, 0.0, Ladders()) == DeadLetter(
-        DeadLetterQueue.DO_NOT_RETRY
+        DeadLetterQueue.DO_NOT_RETRY, WAIT
     )
 
 
 def test_even_so_waits_come_to_an_end() -> None:
     decision = decide(answered("E999"), Counters(waits=6, generic=9), 0.0, Ladders())
-    assert decision == DeadLetter(DeadLetterQueue.RETRIES_EXHAUSTED)
+    assert decision == DeadLetter(DeadLetterQueue.RETRIES_EXHAUSTED, WAIT)
+
+
+@pytest.mark.parametrize("error_type", ["RETRY_IMMEDIATELY", "WAIT_4_HOURS_BEFORE_RETRY", "RETRY_AFTER_NOTIFICATION"])
+def test_the_login_rests_whatever_becomes_of_the_account_and_never_for_less_than_a_wait(error_type: str) -> None:
+    for before, rest in ((1, None), (2, WAIT * 1.05)):
+        decision = decide(answered("E999", error_type), Counters(generic=before), 1.0, Ladders())
+        assert isinstance(decision, Retry | DeadLetter)
+        assert decision.rest == rest
+
+
+def test_no_other_failure_lets_the_login_rest() -> None:
+    for outcome in (answered("E201"), answered("E401", "DO_NOT_RETRY"), answered("W", "WAIT_4_HOURS_BEFORE_RETRY")):
+        decision = decide(outcome, Counters(generic=9), 0.0, Ladders())
+        assert isinstance(decision, Retry | DeadLetter)
+        assert decision.rest is None
 
 
 # --------------------------------------------------------------------------------------------------- what is in common

@@ -20,7 +20,7 @@ local key, login_key = 'account:' .. alias, 'login:' .. login
 local held = token(alias, poll, attempt)
 local a = fields(key, 'state', 'poll', 'attempt', 'login', 'caller', 'generation', 'definition', 'tries', 'waits',
   'losses', 'last_outcome', 'institution', 'mode', 'counted', 'source', 'due')
-local l = fields(login_key, 'blocked', 'holder', 'begun', 'scheme', 'generic')
+local l = fields(login_key, 'blocked', 'holder', 'begun', 'scheme', 'generic', 'rests_until')
 local institution = a.source and institution_of(a.source)
 
 local function begun()
@@ -58,6 +58,7 @@ local limits = limits_in_force()
 
 -- Which limit this request would break, and until when (ms); nil for none.
 local function limit_reached()
+  if is_resting(l) then return 'rest', tonumber(l.rests_until) end
   local spent = spent_budget(login, limits)
   if spent then return spent, tomorrow(a.due) end
   if is_breaker_open(institution) then
@@ -72,7 +73,7 @@ end
 local function give_back(why, not_before)
   void(alias, login)
   free(login, held)
-  hold_back(login, not_before, why)
+  if why ~= 'rest' then hold_back(login, not_before, why) end
   place(login)
   return { 'held', why, whole(not_before - now) }
 end

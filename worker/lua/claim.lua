@@ -90,6 +90,10 @@ local function limit_of(login, l, institution, due)
 end
 
 local function may_go(login, l, institution, due)
+  if is_resting(l) then
+    held_back = held_back + 1
+    return false
+  end
   local not_before, why = limit_of(login, l, institution, due)
   if not not_before then return true end
   hold_back(login, not_before, why)
@@ -158,7 +162,7 @@ local function serve_next(login, l)
 end
 
 local function serve(login)
-  local l = fields('login:' .. login, 'holder', 'probing', 'probe', 'not_before', 'held_by')
+  local l = fields('login:' .. login, 'holder', 'probing', 'probe', 'not_before', 'held_by', 'rests_until')
   if not l.holder or lapse(login, l.holder) then
     serve_next(login, l)
   end

@@ -60,10 +60,17 @@ local function move_institution(institution)
   for _, name in ipairs({ 'opened_at', 'next_probe' }) do move_field('breaker:' .. institution, name) end
 end
 
--- Who was held back is looked at anew.
+local function move_rest(login)
+  local key = 'login:' .. login
+  if is_new(redis.call('HGET', key, 'rested_at')) then return end
+  for _, name in ipairs({ 'rests_until', 'rested_at' }) do move_field(key, name) end
+end
+
+-- Who was held back is looked at anew; a rest lasts as long as it should.
 local function move(login)
   redis.call('HDEL', 'login:' .. login, 'not_before', 'held_by')
   move_place(login)
+  move_rest(login)
   for _, alias in ipairs(redis.call('SMEMBERS', 'aliases:' .. login)) do move_account(alias, login) end
   move_all('failures:' .. login)
   place(login)

@@ -9,7 +9,8 @@
 --                        blocked (bank|key), fingerprint, blocked_at, code, type, description, manual, letter,
 --                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried) ·
 --                        not_before (ms), held_by (rate|login budget|total budget|breaker|pause): nothing of it goes
---                        out before · generic (failures in a row that may be a bad log-on)
+--                        out before · generic (failures in a row that may be a bad log-on) · rests_until, rested_at (ms): after too
+--                        many of those nothing of it goes out before; they stay until a balance
 --   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot,
 --                        interval, min_gap (ms) · state, due, moved_at (when it came to that), paused · overdue_at (ms),
 --                        overdue (since when, as the ledger was told; until it hears otherwise) · poll, attempt,
@@ -23,7 +24,8 @@
 --   callback:<digest>    hash: login, alias, poll, attempt, generation, definition, bank, key · bodies, seen,
 --                        body:<hash>: what a callback's token stands for, until two days after its deadline
 --   answers              sorted set: token of an answer that is not settled → when its settling is pushed again (ms)
---   answer:<token>       hash: as callback:<digest>, with content_type, received_at, body:<hash>
+--   answer:<token>       hash: as callback:<digest>, with content_type, received_at, body:<hash> · noted (it was
+--                        counted as a failure that may be a bad log-on)
 --   parked               set: aliases parked until a notification
 --   overdue:at           sorted set: alias → when it will be overdue unless it is polled (ms)
 --   overdue              set: aliases that are overdue now
@@ -171,7 +173,7 @@ end
 
 -- Rule 1, and the end of every script: where the login stands in the timetable follows from its state alone.
 local function place(login)
-  local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before')
+  local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before', 'rests_until')
   local alias, at
   if l.blocked then
     at = nil
@@ -180,6 +182,7 @@ local function place(login)
   else
     alias, at = next_account(login, l.probing, l.probe)
     if is_held_back(alias, at, l.not_before) then at = l.not_before end
+    if is_held_back(alias, at, l.rests_until) then at = l.rests_until end
   end
   if at then
     redis.call('ZADD', 'timetable', at, login)
@@ -508,10 +511,43 @@ local function logins_failing(institution, cause)
   return logins
 end
 
--- An attempt has failed, for a cause that is more than the account's own, or '' for none.
-local function note_failure(login, source, held, cause)
+local function is_resting(l)
+  return l.rests_until ~= nil and tonumber(l.rests_until) > now
+end
+
+-- Nothing of the login goes out for so long (ms): no limit that is left, no pause and no order but unblock makes it
+-- earlier. Its accounts keep their states and due times.
+local function rest(login, for_ms)
+  local key = 'login:' .. login
+  local l = fields(key, 'rests_until')
+  local ends = math.max(now + for_ms, is_resting(l) and tonumber(l.rests_until) or 0)
+  redis.call('HSET', key, 'rests_until', whole(ends), 'rested_at', whole(now))
+  if not is_resting(l) then report({ what = 'login rests', login = login, ['until'] = iso(ends) }) end
+end
+
+-- The rest is over, but not what led to it: the next failure of that kind begins another.
+local function end_rest(login)
+  redis.call('HSET', 'login:' .. login, 'rests_until', whole(now), 'rested_at', whole(now))
+end
+
+-- A failure that may be a bad log-on, once for each token, however many bodies its callback brings.
+local function note_generic(login, held, rest_ms)
+  local answer = 'answer:' .. held
+  if redis.call('EXISTS', answer) == 1 and redis.call('HSETNX', answer, 'noted', 1) == 0 then return end
+  redis.call('HINCRBY', 'login:' .. login, 'generic', 1)
+  if rest_ms then rest(login, rest_ms) end
+end
+
+-- An answer that came too late to move its account has spent a log-on all the same.
+local function note_late_answer(login, held, cause, rest_ms)
+  if cause == 'generic' and redis.call('EXISTS', 'answer:' .. held) == 1 then note_generic(login, held, rest_ms) end
+end
+
+-- An attempt has failed, for a cause that is more than the account's own, or '' for none; its login rests for so long
+-- (ms, nil where it does not).
+local function note_failure(login, source, held, cause, rest_ms)
   local institution = institution_of(source)
-  if cause == 'generic' then redis.call('HINCRBY', 'login:' .. login, 'generic', 1) end
+  if cause == 'generic' then note_generic(login, held, rest_ms) end
   if is_breaker_open(institution) then
     local b = fields('breaker:' .. institution, 'probe', 'probes')
     if b.probe ~= held then return end
@@ -528,6 +564,7 @@ end
 local function note_success(login, source)
   local institution = institution_of(source)
   redis.call('HDEL', 'login:' .. login, 'generic')
+  redis.call('HDEL', 'login:' .. login, 'rests_until', 'rested_at')
   redis.call('DEL', 'failing:' .. institution)
   if is_breaker_open(institution) then close_breaker(institution) end
 end

@@ -6,6 +6,7 @@
 --       12 which credential ("bank" | "key")  13 its fingerprint ('' for none)  14 "refused" if no host has another
 --       15 "answer" where a callback's answer is what failed: once one is there, no deadline applies any more
 --       16 what the end is counted as  17 its cause, where that may be more than the account's own ('' for none)
+--       18 for how long the whole login rests (ms, '' where it does not)
 -- Returns { "suspended" } or { "parked" }: the account alone; also when the same token repeats its call
 --      or { "blocked" }: the whole login, whatever the token says (rule 4)
 --      or { "postponed", due }: overtaken; the account waits shortly; also when the same token repeats its call
@@ -142,7 +143,9 @@ end
 if begun then
   remember_end(alias, poll, attempt, a.begun_at, code)
   count_end(alias, a.begun_at, ARGV[16])
-  note_failure(login, a.source, held, ARGV[17])
+  note_failure(login, a.source, held, ARGV[17], tonumber(ARGV[18]))
+elseif ARGV[15] == 'answer' then
+  note_late_answer(login, held, ARGV[17], tonumber(ARGV[18]))
 end
 local result = mode == 'blocked' and block() or suspend_account()
 if result[1] == 'blocked' or not dispatched then free(login, held) end

@@ -1,8 +1,8 @@
--- Lifts a login's block and removes its letter; one account probes first.
+-- Lifts a login's block and removes its letter, or ends its rest; one account goes first.
 --
 -- ARGV  1 stream  2 login  3 "operator" | "bank" | "key"  4 fingerprint of the new credential (not for the operator)
 --       the last one: who asks
--- Returns { "unblocked" } or { "refused", why }
+-- Returns { "unblocked" }, { "rest ended" } (there was no block), or { "refused", why }
 --
 -- The operator forgives what failed. A worker that holds a credential of the kind that failed, another one that has not
 -- failed itself, lifts the block with it, unless the block is for an operator alone. The one that failed here does not,
@@ -11,7 +11,7 @@
 local actor = take_actor()
 local stream, login, by, fingerprint = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local key = 'login:' .. login
-local l = fields(key, 'blocked', 'fingerprint', 'manual', 'letter', 'failed_bank', 'failed_key')
+local l = fields(key, 'blocked', 'fingerprint', 'manual', 'letter', 'failed_bank', 'failed_key', 'rests_until')
 
 local function forgive()
   for _, failed in ipairs({ l.failed_bank or '', l.failed_key or '' }) do
@@ -41,6 +41,11 @@ local function tell_accounts()
 end
 
 local reason = why_not()
+if reason == 'not blocked' and by == 'operator' and is_resting(l) then
+  end_rest(login)
+  place(login)
+  return recorded(actor, 'unblock', login, { 'rest ended' })
+end
 if reason then
   -- Workers try again and again with what they hold: nobody's order.
   if by ~= 'operator' then return { 'refused', reason } end
@@ -53,6 +58,8 @@ redis.call('HDEL', key, 'blocked', 'fingerprint', 'blocked_at', 'manual', 'lette
   'failed_bank', 'failed_key')
 redis.call('HDEL', 'blocked', login)
 redis.call('HSET', key, 'probing', 1)
+-- Another key or token says nothing about the log-on.
+if by ~= 'key' and is_resting(l) then end_rest(login) end
 recount_login(login)
 tell_accounts()
 place(login)
