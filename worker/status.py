@@ -166,7 +166,7 @@ def _held_institutions(found: Figures) -> Iterator[Trouble]:
 def _held_case(institution: str, breaker: Breaker, now_ms: int) -> Case:
     wait = format_duration(timedelta(seconds=max(0, breaker.next_probe_ms - now_ms) // 1000))
     probe = f"next probe in {wait}" if breaker.next_probe_ms > now_ms else "the next probe may go now"
-    return Case(institution, f"{breaker.cause}; {probe}", breaker.opened_at_ms)
+    return Case(institution, f"{probe}; {breaker.cause} since", breaker.opened_at_ms)
 
 
 def _spent_budgets(found: Figures) -> Iterator[Trouble]:

@@ -276,7 +276,8 @@ def test_an_institution_that_is_held_is_told_with_its_cause_and_its_next_probe(
     page.goto(exporter.url)
     held = page.locator("#troubles article", has=page.locator("h2", has_text="1 institution held"))
     case = held.locator("li").inner_text()
-    assert re.search(rf"^cl/business/{re.escape(BANK)} · unavailable; next probe in \d+s · .* UTC$", case, re.DOTALL)
+    told = rf"cl/business/{re.escape(BANK)} · next probe in \d+s; unavailable since · .* UTC"
+    assert re.fullmatch(told, case, re.DOTALL)
     assert held.locator("code").count() == 0, "nothing needs to be typed"
     world.client.hset(f"breaker:cl/business/{BANK}", "next_probe", 1)
     page.reload()
