@@ -87,10 +87,6 @@ class SandboxClient:
         """What all accounts without a script answer; each is at its own step."""
         self._call("PUT", "/defaults", _plan(steps, latency, cycle))
 
-    def set_random_defaults(self, weights: Mapping[str, float], *, seed: int = 0, latency: str = "0s") -> None:
-        """Chance for all accounts without a script."""
-        self._call("PUT", "/defaults", {"random": {"weights": dict(weights), "seed": seed}, "latency": latency})
-
     def set_log_on(self, user: str, credential: object) -> None:
         """Which AccountCredential is right for `user` (an object matches field by field)."""
         self._call("PUT", f"/log-ons/{quote(user)}", {"credential": credential})

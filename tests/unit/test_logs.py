@@ -25,8 +25,6 @@ from worker.policy import Block, Counters, Credential, DeadLetter, DeadLetterQue
 
 SECRET = "secret-canary"
 LEVELS = {"log", "debug", "info", "warning", "error", "critical", "exception"}
-#: Bound to every line of an attempt, so that no call names them.
-BOUND = {"task", "login", "account", "attempt"}
 
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
