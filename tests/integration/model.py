@@ -1,4 +1,4 @@
-"""What the timetable must do, said a second time: plain Python from the design's rules, without a server.
+"""What the timetable must do, said a second time: plain Python from the timetable's rules, without a server.
 
 The place of a login is never stored here but worked out whenever it is asked for, which is what `place()` in the
 scripts has to amount to. Times are UTC milliseconds; `now_ms` is set by whoever drives the model.
@@ -156,7 +156,7 @@ class Model:
         return account.state in {"scheduled", "waiting"} or is_left
 
     def place(self, name: str) -> int | None:
-        """When the login's next step is, None for never: rule 1."""
+        """When the login's next step is, None for never."""
         login = self.logins[name]
         if login.blocked:
             return None

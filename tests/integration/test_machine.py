@@ -1,7 +1,7 @@
 """A machine that attacks the scripts: any script in any order, late, stale and twice, against a model and the promises.
 
 Two judges look at every step. `model.py` says what each call must answer and where everything must stand afterwards.
-`Promises` knows no rule of the scripts, only what the design promises the bank and the operator, and watches the server
+`Promises` knows no rule of the scripts, only what is promised to the bank and the operator, and watches the server
 from outside: a token is begun once, no account goes out early, no login has two requests at once …
 
 `BALANCES_TEST_LONG=1` runs it for more than 10,000 steps. The clock stands still between steps, so that what fails once

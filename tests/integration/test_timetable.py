@@ -1,4 +1,4 @@
-"""The design's rules and races, one by one, on a real server: stories, where `docs/states.md` has single steps."""
+"""The timetable's rules and races, one by one, on a real server: stories, where `docs/states.md` has single steps."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def dispatched(world: World, alias: str) -> Token:
     return world.token(alias)
 
 
-# ------------------------------------------------------------------------------------------------------ rule 1, place
+# ---------------------------------------------------------------------------------------------------------------- place
 
 
 def test_only_place_writes_the_timetable() -> None:
@@ -191,7 +191,7 @@ def test_a_message_that_nobody_will_begin_gives_its_place_back(world: World, cha
     assert "holder" not in world.login()
 
 
-# ------------------------------------------------------------------------------------------------------ rule 2, until
+# ---------------------------------------------------------------------------------------------------------------- until
 
 
 def test_until_is_one_margin_after_the_claim_and_the_whole_lease_after_begin(world: World) -> None:
@@ -217,7 +217,7 @@ def test_until_follows_the_limits_in_force(world: World) -> None:
     assert begun.lease_ms == 27_000
 
 
-# ----------------------------------------------------------------------------------------------------- rule 3, lapsed
+# --------------------------------------------------------------------------------------------------------------- lapsed
 
 
 def test_a_lost_message_is_sent_again_under_its_token_and_is_no_loss(world: World) -> None:
@@ -348,7 +348,7 @@ def test_the_next_account_of_a_lapsed_place_waits_for_its_time(world: World) -> 
     assert place(world) == world.due("b")
 
 
-# ------------------------------------------------------------------------------------------------------ rule 4, block
+# ---------------------------------------------------------------------------------------------------------------- block
 
 
 def test_a_log_on_error_blocks_whatever_its_token_says(world: World) -> None:
@@ -468,7 +468,7 @@ def test_the_reason_tells_when_this_poll_began_not_the_one_before(world: World) 
     assert datetime.fromisoformat(first_at) > datetime.now(UTC) + timedelta(hours=47)
 
 
-# --------------------------------------------------------------------------------------------------- rule 5, overlays
+# ------------------------------------------------------------------------------------------------------------- overlays
 
 
 def test_pausing_voids_a_token_that_has_not_begun(world: World) -> None:
@@ -558,7 +558,7 @@ def test_poll_makes_only_a_scheduled_account_due(world: World) -> None:
     assert world.timetable.poll("a") is None
 
 
-# ------------------------------------------------------------------------------------- rule 6, late, latest and changed
+# --------------------------------------------------------------------------------------------- late, latest and changed
 
 
 @pytest.mark.parametrize(
@@ -596,7 +596,7 @@ def test_poll_9_is_older_than_poll_10(world: World) -> None:
         assert settled.changed == changed
 
 
-# ------------------------------------------------------------------------------------------------ rule 7, generations
+# ---------------------------------------------------------------------------------------------------------- generations
 
 
 GENERATIONS = {

@@ -270,7 +270,7 @@ class World:
     # -------------------------------------------------------------------------------------------- what always holds
 
     def check(self) -> Everything:
-        """The invariants of the design, on everything that Redis holds."""
+        """The invariants of the timetable, on everything that Redis holds."""
         everything = Everything.read(self.client)
         for login in everything.logins:
             everything.check_place(login)
@@ -342,7 +342,7 @@ class Everything:
         )
 
     def check_place(self, login: str) -> None:
-        """Rule 1: the place follows from the login's state."""
+        """The place follows from the login's state."""
         state, due = self.logins[login], self.due[login]
         expected = min(due.values(), default=None)
         if "probing" in state:

@@ -4,7 +4,7 @@
 --       6 life_span (ms), where Khipu gave none  7 callback_grace (ms)  8 login_hold (ms)
 -- Returns { "awaiting", deadline } — also when the same token repeats its call — or { "stale" }
 --
--- The login stays held until the answer, at most for login_hold (rule 2): the bank's session may well be open. After a
+-- The login stays held until the answer, at most for login_hold: the bank's session may well be open. After a
 -- rest it stays so until the deadline: nobody logs on again before it is known how this one ended.
 
 local login, alias, poll, attempt, promised = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])

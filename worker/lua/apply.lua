@@ -10,14 +10,14 @@
 --   the last one, always: who asks
 -- Returns { "applied", how many changed } or { "overtaken", serial }: another apply came between; compare again
 --
--- A changed identity is a new generation: own pins, own latest, own tokens (rule 7). Anything else leaves the account's
+-- A changed identity is a new generation: own pins, own latest, own tokens. Anything else leaves the account's
 -- step alone, but for the due time of a scheduled account whose schedule changed. Limits change at the end, but the very
 -- first come before the first account: none is ever there without them, however an apply ends.
 
 local actor, serial, event = take_actor(), ARGV[1], ARGV[2]
 local changed = 0
 
--- Takes the account off its login. A request in flight keeps the login's place until it ends (rule 1).
+-- Takes the account off its login. A request in flight keeps the login's place until it ends.
 local function take_off(alias, login)
   redis.call('ZREM', 'due:' .. login, alias)
   redis.call('SREM', 'aliases:' .. login, alias)

@@ -125,7 +125,7 @@ local function return_lapsed(login, alias, a)
     redis.call('HGET', 'login:' .. login, 'generic') or '0' }
 end
 
--- Rule 3: the holder's time is over. Returns whether the place is free now.
+-- The holder's time is over. Returns whether the place is free now.
 local function lapse(login, held)
   local alias, poll, attempt = string.match(held, '^(%S+) (%S+) (%S+)$')
   local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses', 'login', 'answered', 'due')
@@ -142,7 +142,7 @@ local function lapse(login, held)
       return_lapsed(login, alias, a)
       return false
     end
-    -- Rule 2: at login_hold the place is free and the account goes on awaiting, in due:<login> at its deadline.
+    -- At login_hold the place is free and the account goes on awaiting, in due:<login> at its deadline.
     step(alias, login, 'awaiting', tonumber(a.due))
   end
   free(login, held)
@@ -211,7 +211,7 @@ for_each_set('SADD', joined)
 for i = 1, #messages, 1000 do
   redis.call('LPUSH', QUEUE, unpack(messages, i, math.min(i + 999, #messages)))
 end
--- Rule 8: an answer whose settling was lost is pushed again, whatever became of its account; but never more messages
+-- An answer whose settling was lost is pushed again, whatever became of its account; but never more messages
 -- than answers, or a night without workers would fill the memory with them.
 local lost = math.max(0, redis.call('ZCARD', 'answers') - redis.call('LLEN', ANSWERS))
 for _, id in ipairs(redis.call('ZRANGE', 'answers', '-inf', whole(now), 'BYSCORE', 'LIMIT', 0, math.min(most, lost))) do

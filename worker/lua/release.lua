@@ -9,7 +9,7 @@
 
 local actor = take_actor()
 local stream, spread_ms, institution, login = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
--- A poll in flight is over well before this: a callback's token lives for two days.
+-- A poll in flight is over before this, unless callback_grace is more than a day: a LifeSpan counts for two at most.
 local STAMP_S = 3 * 86400
 local number = redis.call('INCR', 'releases')
 local released, touched = {}, {}

@@ -9,8 +9,8 @@
 -- Returns { "published" | "late" | "repeated", "true" | "false" (changed) }
 --      or { "foreign" }: another account's AccountId or operation; nothing was published and nothing changed
 --
--- A current token goes back to `scheduled` and frees its place; any other only publishes, as late (rule 6), and frees
--- the place if it still holds it (rule 7).
+-- A current token goes back to `scheduled` and frees its place; any other only publishes, as late, and frees
+-- the place if it still holds it.
 
 local stream, login, alias, poll, attempt, generation = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local operation, source, fetched_at, data, fingerprint = ARGV[7], ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11]
@@ -41,7 +41,7 @@ local function pin()
   if not defined then redis.call('PEXPIRE', pins, whole(keep_ms)) end
 end
 
--- Rule 6: whether this answer is newer than the newest one seen of this definition.
+-- Whether this answer is newer than the newest one seen of this definition.
 local function is_newer()
   if not defined then return false end
   local p, q = tonumber(poll), tonumber(a.latest_poll or 0)

@@ -1,6 +1,6 @@
 -- What every script of the timetable is made of. Prepended to each of them; changes no key by being loaded.
 --
--- Keys (all names are the contract's; <login> and <alias> are safe by their syntax):
+-- Keys (<login> and <alias> are safe by their syntax):
 --   timetable            sorted set: login → moment of its next step (ms). Written by place() and by nothing else.
 --   due:<login>          sorted set: alias → due time (ms), for accounts that may be polled; in flight: not in it.
 --   login:<login>        hash: holder ("alias poll attempt"), until (ms), begun (a worker has begun the holder's token),
@@ -9,8 +9,8 @@
 --                        blocked (bank|key), fingerprint, blocked_at, code, type, description, manual, letter,
 --                        failed_bank, failed_key (fingerprints to forgive) · probing, probe (alias that was tried) ·
 --                        not_before (ms), held_by (rate|login budget|total budget|breaker|pause): nothing of it goes
---                        out before · generic (failures in a row that may be a bad log-on) · rests_until, rested_at (ms): after too
---                        many of those nothing of it goes out before; they stay until a balance
+--                        out before · generic (failures in a row that may be a bad log-on) · rests_until, rested_at
+--                        (ms): after too many of those nothing of it goes out before; they stay until a balance
 --   account:<alias>      hash: definition, revision, identity, schedule, generation, login, institution, source, slot,
 --                        interval, min_gap (ms) · state, due, moved_at (when it came to that), paused · overdue_at (ms),
 --                        overdue (since when, as the ledger was told; until it hears otherwise) · poll, attempt,
@@ -35,6 +35,7 @@
 --   operation:<id>       string: alias, so that an operation is published once
 --   failed               hash: fingerprint → kind, of every credential that must not be sent
 --   failures:<login>     sorted set: fingerprint of a bank credential → when it failed (ms)
+--   salt                 string: of all fingerprints, random, made by the first worker
 --   releases             string: how many releases there were; orders them, whatever the clock does
 --   released:<scope>     string: number of that scope's last release
 --   config               hash: version (of all this), retry, limits (JSON), *_ms, content, serial · claimed_at, looked
@@ -44,31 +45,32 @@
 --                        login_budgets, probe_pauses · paused_at (ms): everything is paused
 --   contents             sorted set: digests applied
 --   audit                stream: actor, action, subject, outcome, at (ms), of every order that an operator gave
---   slots                hash: bank → when the next dispatch may go to it (ms), where `rate` is limited
---   licences:<bank>   sorted set: token → when its request was licensed (ms), of the last minute
+--   slots                hash: <institution> → when the next dispatch may go to it (ms), where `rate` is limited
+--   licences:<institution>   sorted set: token → when its request was licensed (ms), of the last minute
 --   budgets              hash: login → its daily_requests
 --   requests:<date>      hash: login → requests licensed on that day (UTC), "*" for all of them; while a budget is set
---   failing:<bank>    sorted set: "cause login" → when it failed so (ms), since the bank's last success
---   breakers             set: banks whose breaker is open; one that nobody probes for a day is forgotten
---   breaker:<bank>    hash: cause, opened_at, probes (how many went out), next_probe (ms), probe (token in flight)
+--   failing:<institution>    sorted set: "cause login" → when it failed so (ms), since the last balance there
+--   breakers             set: <institution> of every open breaker; one that nobody probes for a day is forgotten
+--   breaker:<institution>    hash: cause, opened_at, probes (how many went out), next_probe (ms), probe (token in flight)
 --   news                 list: what beat is to log, JSON
 --   workers              sorted set: "host threads" → until when it is alive (ms, real time); 0 threads: takes no polls
 --   begins               sorted set: worker → when it last began a poll (ms)
---   institutions         set: every institution ever defined
---   state:<institution>:<state>   set: its accounts that operators see in this state, `paused` and `blocked` over all
---   as_of:<institution>  sorted set: alias → as_of, for its accounts that are being polled
---   last_ok              hash: institution → when an account of it was last polled with success (ms)
+--   institutions         set: <name> of every institution ever defined
+--   state:<name>:<state> set: its accounts that operators see in this state, `paused` and `blocked` over all
+--   as_of:<name>         sorted set: alias → as_of, for its accounts that are being polled
+--   last_ok              hash: <name> → when an account of it was last polled with success (ms)
 --   awaiting             sorted set: alias whose callback is awaited → since when (ms)
 --   received             sorted set: token of an answer that is not settled → when it came (ms)
 --   blocked              hash: login → kind, of every blocked login
---   attempts             hash: "institution|mode" → attempts begun
---   polls                hash: "institution|mode|outcome|type|code" → attempts ended
---   durations            hash: "institution|mode|bucket" (its upper bound in s, or "more") → attempts ended,
---                        "institution|mode|sum" → their time (ms)
+--   attempts             hash: "<name>|mode" → attempts begun
+--   polls                hash: "<name>|mode|outcome|type|code" → attempts ended
+--   durations            hash: "<name>|mode|bucket" (its upper bound in s, or "more") → attempts ended,
+--                        "<name>|mode|sum" → their time (ms)
 --   token_expires        sorted set: login → when its token ends (s)
 --   counts               hash: things that happened, counted
 --   clock:offset         string: ms that tests move the one clock by
--- <bank> is "country/segment/institution".
+-- <institution> is "country/segment/name", by which limits count; <name>, by which operators do, is its name alone: the
+-- `institution` of the accounts file.
 
 local QUEUE, ANSWERS = 'balances.polls', 'balances.answers'
 local DAY_MS = 86400000
@@ -171,7 +173,7 @@ local function is_held_back(alias, at, not_before)
     and redis.call('HGET', 'account:' .. alias, 'state') ~= 'awaiting'
 end
 
--- Rule 1, and the end of every script: where the login stands in the timetable follows from its state alone.
+-- The end of every script: where the login stands in the timetable follows from its state alone.
 local function place(login)
   local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before', 'rests_until')
   local alias, at
