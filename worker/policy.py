@@ -2,9 +2,9 @@
 
     outcome + counters ──▶ decide ──▶ Publish | Retry(countdown) | DeadLetter(queue) | Block(credential)
 
-`Error.Type` drives everything; the code may only make the answer stricter (`E1xx`, `A000`). Two ladders of short
-countdowns end in the long wait; after a wait there is exactly one try; after `max_waits` waits in a row the poll is a
-dead letter.
+`Error.Type` drives everything; the code may only make the answer stricter (`E1xx`, `A000`; `E000`, `E999` and `T000`
+when they repeat, by which the login rests). Two ladders of short countdowns end in the long wait; after a wait there is
+exactly one try; after `max_waits` waits in a row the poll is a dead letter.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Keep the timetable: when each login is next due, and one Lua script for every change of that.
 
-                  claim              begin                settle
-      scheduled ─────────▶ dispatched ─────▶ polling ─────────────────▶ scheduled, next slot
-          ▲                    ▲                │ postpone
-          │                    └──── claim ──── waiting ◀─┘
-          └── redrive, release ──────────── suspended, parked ◀── suspend
+    scheduled ── claim ─▶ dispatched ── begin ─▶ polling ── accept ─▶ awaiting
+        ▲                     ▲                     └────────┬───────────┘
+        │                     │                              ├─ settle ───▶ scheduled, at its next slot
+        │                     └── claim ── waiting ◀─────────┼─ postpone
+        └── redrive, release ──── suspended, parked ◀────────┴─ suspend
 
 The timetable is the truth, a Celery message is a hint. An account has exactly one next step, and it stands here: its
 regular slot, a retry in seconds, the four-hour wait, and the end of a lease are all the same thing, a due time. A
@@ -12,8 +12,8 @@ token, (poll, attempt), tells whether a message or an answer still speaks of tha
 set `timetable` holds, because the bank log-on is what may have one request at a time.
 
 The scripts live in `lua/`, with the keys described in `shared.lua` and arguments and results at each script's head;
-`docs/states.md` has every state and every event, and each of its cells is a test. This module gives the scripts names,
-types and one exception. It decides nothing: `worker.policy` does.
+`docs/states.md` has every state and every event, and each of its cells is a test. This module gives the scripts names
+and types. It decides nothing: `worker.policy` does.
 """
 
 from __future__ import annotations

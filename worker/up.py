@@ -1,6 +1,6 @@
 """Run everything on one machine: the server and the sandbox where none is configured, and the Procfile's processes.
 
-settings, accounts, secrets, ports ─▶ store ─▶ sandbox ─▶ beat, worker, flower ─▶ (a signal, or --for) ─▶ backwards
+settings, accounts, secrets, ports ─▶ store ─▶ sandbox ─▶ beat, worker … ─▶ (a signal, or --for) ─▶ backwards
 """
 
 from __future__ import annotations
