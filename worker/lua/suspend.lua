@@ -8,7 +8,7 @@
 --       16 what the end is counted as  17 its cause, where that may be more than the account's own ('' for none)
 --       18 for how long the whole login rests (ms, '' where it does not)
 -- Returns { "suspended" } or { "parked" }: the account alone; also when the same token repeats its call
---      or { "blocked" }: the whole login, whatever the token says (rule 4)
+--      or { "blocked" }: the whole login, whatever the token says
 --      or { "postponed", due }: overtaken; the account waits shortly; also when the same token repeats its call
 --      or { "stale" }: another token; only counted
 
