@@ -228,6 +228,11 @@ def _about_logins(found: Figures) -> Iterator[Metric]:
         ("credential",),
         {(kind,): number for kind, number in found.blocked_by.items()},
     )
+    yield _gauge(
+        "logins_resting",
+        "Logins that rest after three generic failures in a row, behind which a bad password may hide.",
+        found.resting,
+    )
     yield _gauge("logins_due", "Logins whose next step is due now and was not taken yet.", found.logins_due)
     yield _moments(
         "token_expiry",

@@ -76,6 +76,8 @@ class Figures:
     durations: Mapping[tuple[str, str], Durations]  #: (institution, mode)
     counts: Mapping[str, int]
     blocked: Mapping[str, str]  #: login → kind of credential
+    resting_ms: Mapping[str, int]  #: login → until when it rests; some of them, where there are more than `SAMPLE`
+    resting: int
     logins_due: int
     token_expiry_s: Mapping[str, int]  #: login
     requests_today: int | None  #: None where no budget is set
@@ -129,6 +131,8 @@ def read(client: redis.Redis, stream: str) -> Figures:
         durations=_durations(one["durations"]),
         counts=_numbers(one["counts"]),
         blocked=one["blocked"],
+        resting_ms={login: int(until_ms) for login, until_ms in two["some resting"]},
+        resting=two["resting"],
         logins_due=two["due"],
         token_expiry_s={login: int(expires_s) for login, expires_s in one["expiries"]},
         requests_today=_number(two["requests"]),
@@ -184,6 +188,8 @@ def _second(
             **{key: ask.scard(key) for key in states},
             **{f"as_of:{name}": ask.zrange(f"as_of:{name}", 0, 0, withscores=True) for name in institutions},
             "due": ask.zcount("timetable", "-inf", now_ms),
+            "resting": ask.zcount("resting", f"({now_ms}", "+inf"),
+            "some resting": ask.zrangebyscore("resting", f"({now_ms}", "+inf", 0, SAMPLE, withscores=True),
             "requests": ask.hget(f"requests:{today}", "*"),
             "workers": ask.zrangebyscore("workers", real_ms, "+inf"),
             "begins": ask.zrange("begins", 0, -1, withscores=True),

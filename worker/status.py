@@ -92,6 +92,7 @@ def troubles(timetable: Timetable, found: Figures) -> Iterator[Trouble]:
     yield from _missing_workers(found)
     yield from _held_claims(found)
     yield from _blocked(timetable, found)
+    yield from _resting(found)
     yield from _held_institutions(found)
     yield from _spent_budgets(found)
     yield from _overdue(timetable, found)
@@ -199,6 +200,21 @@ def _blocked_case(login: str, fields: dict[str, str]) -> Case:
     why = f"{who}: {_why(fields['code'], fields['type'], fields['description'])}"
     manual = "; only an operator may unblock" if "manual" in fields else ""
     return Case(login, why + manual, int(fields["blocked_at"]), f"balances unblock {login}")
+
+
+def _resting(found: Figures) -> Iterator[Trouble]:
+    if found.resting:
+        cases = (
+            Case(login, f"until {ops.iso(until_ms)}", command=f"balances unblock {login}")
+            for login, until_ms in found.resting_ms.items()
+        )
+        yield Trouble(
+            f"{_many(found.resting, 'login')} resting",
+            "Three generic failures in a row: a bad password may hide behind them, so nothing of it goes out for the "
+            "long wait. Ask whether the password is right; then one account may go first:",
+            "balances accounts",
+            *_named(cases, found.resting),
+        )
 
 
 def _overdue(timetable: Timetable, found: Figures) -> Iterator[Trouble]:

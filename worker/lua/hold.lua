@@ -64,6 +64,7 @@ local function move_rest(login)
   local key = 'login:' .. login
   if is_new(redis.call('HGET', key, 'rested_at')) then return end
   for _, name in ipairs({ 'rests_until', 'rested_at' }) do move_field(key, name) end
+  move_score('resting', login)
 end
 
 -- Who was held back is looked at anew; a rest lasts as long as it should.

@@ -9,8 +9,8 @@
 
 local actor = take_actor()
 local stream, spread_ms, institution, login = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
--- A poll in flight is over before this, unless callback_grace is more than a day: a LifeSpan counts for two at most.
-local STAMP_S = 3 * 86400
+-- A poll in flight is over before this: a LifeSpan counts for two days at most, `callback_grace` for seven.
+local STAMP_S = 14 * 86400
 local number = redis.call('INCR', 'releases')
 local released, touched = {}, {}
 

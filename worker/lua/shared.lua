@@ -66,6 +66,7 @@
 --   polls                hash: "<name>|mode|outcome|type|code" → attempts ended
 --   durations            hash: "<name>|mode|bucket" (its upper bound in s, or "more") → attempts ended,
 --                        "<name>|mode|sum" → their time (ms)
+--   resting              sorted set: login that rests → until when (ms); its rest may be over
 --   token_expires        sorted set: login → when its token ends (s)
 --   counts               hash: things that happened, counted
 --   clock:offset         string: ms that tests move the one clock by
@@ -524,12 +525,14 @@ local function rest(login, for_ms)
   local l = fields(key, 'rests_until')
   local ends = math.max(now + for_ms, is_resting(l) and tonumber(l.rests_until) or 0)
   redis.call('HSET', key, 'rests_until', whole(ends), 'rested_at', whole(now))
+  redis.call('ZADD', 'resting', whole(ends), login)
   if not is_resting(l) then report({ what = 'login rests', login = login, ['until'] = iso(ends) }) end
 end
 
 -- The rest is over, but not what led to it: the next failure of that kind begins another.
 local function end_rest(login)
   redis.call('HSET', 'login:' .. login, 'rests_until', whole(now), 'rested_at', whole(now))
+  redis.call('ZREM', 'resting', login)
 end
 
 -- A failure that may be a bad log-on, once for each token, however many bodies its callback brings.
@@ -566,7 +569,7 @@ end
 local function note_success(login, source)
   local institution = institution_of(source)
   redis.call('HDEL', 'login:' .. login, 'generic')
-  redis.call('HDEL', 'login:' .. login, 'rests_until', 'rested_at')
+  if redis.call('HDEL', 'login:' .. login, 'rests_until', 'rested_at') > 0 then redis.call('ZREM', 'resting', login) end
   redis.call('DEL', 'failing:' .. institution)
   if is_breaker_open(institution) then close_breaker(institution) end
 end
