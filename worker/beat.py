@@ -209,6 +209,7 @@ class DefinitionsFile:
         self._accounts: Accounts | None = None
         self._accounts_file = ""
         self._take(read_file(self._path))
+        self._is_start = self._accounts is not None
         self._step: Literal["read", "apply", "done"] = "apply" if self._accounts else "done"
 
     def apply_when_changed(self) -> None:

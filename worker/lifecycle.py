@@ -117,7 +117,7 @@ class Presence(threading.Thread):
             unblock_with_new_secrets(self._wiring, timetable.logins(timetable.blocked()))
         if time.monotonic() >= self._next_tokens_s:
             self._next_tokens_s = time.monotonic() + TOKENS_EVERY_S
-            self._tokens.look(self._wiring.timetable.logins())
+            self._tokens.look(self._wiring.timetable.logins(self._wiring.timetable.schemes()))
 
     def _stall(self) -> None:
         self._wiring.timetable.forget_worker(*self._worker)

@@ -847,13 +847,16 @@ class Timetable:
         )
 
     def schemes(self) -> dict[str, Scheme]:
-        """The scheme of every login."""
+        """The scheme of every login that has an account."""
         found: dict[str, Scheme] = {}
         for batch in _batches(sorted(cast(set[str], _guard(lambda: self.client.smembers("logins")))), 1000):
             pipeline = self.client.pipeline(transaction=False)
             for name in batch:
                 pipeline.hget(f"login:{name}", "scheme")
-            found |= zip(batch, _guard(pipeline.execute), strict=True)
+                pipeline.exists(f"aliases:{name}")
+            answers = _guard(pipeline.execute)
+            has_accounts = zip(batch, answers[::2], answers[1::2], strict=True)
+            found |= {name: scheme for name, scheme, is_used in has_accounts if is_used}
         return found
 
     def letters(self, most: int = 0) -> Iterator[tuple[DeadLetterQueue, dict[str, Any]]]:

@@ -348,7 +348,9 @@ class Everything:
         if "probing" in state:
             expected = due.get(state.get("probe", ""), expected)
         if expected is not None and not self.asks_nothing(login, expected):
-            expected = max(expected, float(state.get("not_before", 0)), float(state.get("rests_until", 0)))
+            held = max(float(state.get("not_before", 0)), float(state.get("rests_until", 0)))
+            deadlines = [at for alias, at in due.items() if self.accounts[alias]["state"] == "awaiting"]
+            expected = min(held, *deadlines) if held > expected and deadlines else max(held, expected)
         if "holder" in state:
             expected = float(state["until"])
         if "blocked" in state:

@@ -21,6 +21,11 @@ local changed = 0
 local function take_off(alias, login)
   redis.call('ZREM', 'due:' .. login, alias)
   redis.call('SREM', 'aliases:' .. login, alias)
+  if redis.call('EXISTS', 'aliases:' .. login) == 0 then
+    -- Nobody asks with its token any more, so nobody need be told when that ends.
+    redis.call('HDEL', 'login:' .. login, 'token_expires')
+    redis.call('ZREM', 'token_expires', login)
+  end
   place(login)
 end
 

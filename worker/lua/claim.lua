@@ -150,7 +150,12 @@ local function lapse(login, held)
 end
 
 local function serve_next(login, l)
-  local alias, due = next_account(login, l.probing, l.probe)
+  local alias, due
+  if held_until(l) > now then
+    alias, due = next_deadline(login)
+  else
+    alias, due = next_account(login, l.probing, l.probe)
+  end
   if not alias or tonumber(due) > now then return end
   local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses', 'institution',
     'counted', 'source')

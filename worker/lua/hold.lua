@@ -56,7 +56,6 @@ local function move_institution(institution)
       if not is_new(members[i + 1]) then move_score(kind .. institution, members[i]) end
     end
   end
-  move_field('slots', institution)
   for _, name in ipairs({ 'opened_at', 'next_probe' }) do move_field('breaker:' .. institution, name) end
 end
 
@@ -80,6 +79,8 @@ end
 if (redis.call('HGET', 'config', 'jumped') or '0') ~= known then return { 'known' } end
 for _, login in ipairs(redis.call('SMEMBERS', 'logins')) do move(login) end
 for institution in pairs(institutions) do move_institution(institution) end
+-- Nobody holds a slot any more: who waited for one is looked at anew.
+redis.call('DEL', 'slots')
 -- Those that live say so again within seconds.
 move_all('workers')
 -- What is counted by its age keeps its age.

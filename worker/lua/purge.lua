@@ -16,8 +16,12 @@ local a = fields(key, 'state', 'login', 'generation')
 -- Whether something of it is still to come, or would be told of by what stays.
 local function why_not()
   if a.state ~= 'retired' then return a.state or 'unknown' end
-  local l = fields('login:' .. a.login, 'holder', 'letter')
-  if l.holder and string.match(l.holder, '^(%S+)') == alias then return 'polling' end
+  local l = fields('login:' .. a.login, 'letter')
+  -- What is under way may be of a login that it was taken off.
+  for _, login in ipairs(redis.call('SMEMBERS', 'logins')) do
+    local holder = redis.call('HGET', 'login:' .. login, 'holder')
+    if holder and string.match(holder, '^(%S+)') == alias then return 'polling' end
+  end
   if l.letter and string.find(l.letter, '"' .. alias .. '"', 1, true) then return 'blocked' end
   for _, id in ipairs(redis.call('ZRANGE', 'answers', 0, -1)) do
     if string.match(id, '^(%S+)') == alias then return 'awaiting' end

@@ -174,6 +174,19 @@ local function is_held_back(alias, at, not_before)
     and redis.call('HGET', 'account:' .. alias, 'state') ~= 'awaiting'
 end
 
+-- The first deadline of an awaited callback, whatever else of the login is due before: alias, deadline (ms).
+local function next_deadline(login)
+  local due = redis.call('ZRANGE', 'due:' .. login, 0, -1, 'WITHSCORES')
+  for i = 1, #due, 2 do
+    if redis.call('HGET', 'account:' .. due[i], 'state') == 'awaiting' then return due[i], tonumber(due[i + 1]) end
+  end
+  return nil
+end
+
+local function held_until(l)
+  return math.max(tonumber(l.not_before or 0), tonumber(l.rests_until or 0))
+end
+
 -- The end of every script: where the login stands in the timetable follows from its state alone.
 local function place(login)
   local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before', 'rests_until')
@@ -184,8 +197,11 @@ local function place(login)
     at = l['until']
   else
     alias, at = next_account(login, l.probing, l.probe)
-    if is_held_back(alias, at, l.not_before) then at = l.not_before end
-    if is_held_back(alias, at, l.rests_until) then at = l.rests_until end
+    local held = held_until(l)
+    if is_held_back(alias, at, held) then
+      local _, deadline = next_deadline(login)
+      at = whole(math.min(deadline or held, held))
+    end
   end
   if at then
     redis.call('ZADD', 'timetable', at, login)
@@ -465,8 +481,12 @@ end
 
 local function is_under_way(held)
   local alias, poll, attempt = string.match(held, '^(%S+) (%S+) (%S+)$')
-  local a = fields('account:' .. alias, 'state', 'poll', 'attempt')
-  return a.poll == poll and a.attempt == attempt and (a.state == 'dispatched' or BEGUN[a.state] or false)
+  local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'due', 'begun_at')
+  if a.poll ~= poll or a.attempt ~= attempt then return false end
+  -- Where a pause, a block or its login's other accounts keep it from lapsing, it is over all the same.
+  if a.state == 'awaiting' then return tonumber(a.due) > now end
+  if a.state ~= 'polling' then return a.state == 'dispatched' end
+  return a.begun_at + config_ms('request_deadline_ms') + config_ms('lease_margin_ms') > now
 end
 
 -- Until when an open breaker lets nothing out (ms), nil where its next probe may go.
