@@ -22,8 +22,8 @@ from worker.store import free_port, tethered
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 #: Commands stand in indented blocks, or in backquotes within a sentence.
 COMMANDS = sorted(set(re.findall(r"(?:^ {4}|`)((?:make|\.venv/bin/balances) [^`\n]+)", README, re.MULTILINE)))
-#: These two are the test run itself, and what a person stops by hand.
-NOT_HERE = {"make test", "make run", ".venv/bin/balances up"}
+#: The test run itself, what a person stops by hand, and what takes many minutes (a short version of each is a test).
+NOT_HERE = {"make test", "make run", ".venv/bin/balances up", "make torture", "make bench"}
 RUN = "make run FOR=40"
 
 
