@@ -304,6 +304,17 @@ def test_a_beat_that_did_not_read_its_file_applies_the_next_one(watched: Watched
     assert applied["changed"] == 1
 
 
+def test_a_beat_that_did_not_read_its_file_applies_a_rollback(watched: Watched) -> None:
+    """Somebody puts the old file back while it runs: no deploy is reverted by accident."""
+    old = watched.path.read_bytes()
+    watched.path.write_bytes(accounts_file(*TEN, "new"))
+    watched.settle()
+    again = Watched(watched.world, watched.path, watched.clock)
+    again.path.write_bytes(old)
+    [applied] = again.settle()
+    assert (applied["event"], again.aliases) == ("accounts applied", sorted(TEN))
+
+
 def test_the_same_file_is_read_where_it_means_something_else(watched: Watched) -> None:
     """With a webhook every account without a mode of its own is polled by callback."""
     settings = SimpleNamespace(accounts_path=watched.path, callback_url="https://balances.example")

@@ -65,6 +65,7 @@ def world(store: redis.Redis) -> World:
     today = datetime.fromtimestamp(world.timetable.now_ms() / 1000, UTC).date()
     store.hset(f"requests:{today}", "*", 7)
     store.hset("config", "limits", Limits(daily_requests=9).model_dump_json())
+    store.zadd("resting", {"login-d": world.timetable.now_ms() + MINUTE_MS, "login-c": world.timetable.now_ms() - 1})
     store.xgroup_create(STREAM, "ledger", "0")
     store.zadd("begins", {"worker@one:1": world.timetable.now_ms()})
     store.hset("budgets", mapping={"login-c": 2, "login-d": 9})
@@ -149,6 +150,7 @@ def test_the_numbers_are_those_of_the_world(world: World, url: str) -> None:
     assert values(families, "balances_callbacks") == {("stored",): 1}
     assert values(families, "balances_unsettled_answers") == {(): 1}
     assert values(families, "balances_logins_blocked") == {("bank",): 1}
+    assert values(families, "balances_logins_resting") == {(): 1}, "the other rest is over"
     assert values(families, "balances_dead_letters") == {(DeadLetterQueue.DO_NOT_RETRY,): 2}
     assert values(families, "balances_queue_messages").keys() <= {(POLLS,), (ANSWERS,)}
     assert values(families, "balances_token_expiry_timestamp_seconds") == {("login-a",): 1_900_000_000}

@@ -17,6 +17,7 @@ import test_breaker as breakers
 import test_callbacks as callbacks
 import test_clock_jumps as clock
 import test_counts as counts
+import test_interplay as interplay
 import test_limits as limits
 import test_overdue as overdue
 import test_purge as remains
@@ -1020,8 +1021,8 @@ FAULTS = [
     Fault(
         "place does not wait for a slot",
         "shared",
-        "    if is_held_back(alias, at, l.not_before) then at = l.not_before end\n",
-        "",
+        "math.max(tonumber(l.not_before or 0), tonumber(l.rests_until or 0))",
+        "tonumber(l.rests_until or 0)",
         partial(limits.test_nothing_makes_a_login_earlier_than_its_slot_and_nothing_loses_it, event="poll"),
     ),
     Fault(
@@ -1113,8 +1114,8 @@ FAULTS = [
     Fault(
         "a breaker waits for ever for a probe that is gone",
         "shared",
-        "  return a.poll == poll and a.attempt == attempt and",
-        "  return true or",
+        "  if a.state ~= 'polling' then return a.state == 'dispatched' end\n",
+        "  if a.state ~= 'polling' then return true end\n",
         partial(breakers.test_a_probe_that_is_gone_is_followed_by_another, how="paused"),
         found=False,
     ),
@@ -1129,8 +1130,8 @@ FAULTS = [
     Fault(
         "place knows no rest",
         "shared",
-        "    if is_held_back(alias, at, l.rests_until) then at = l.rests_until end\n",
-        "",
+        "math.max(tonumber(l.not_before or 0), tonumber(l.rests_until or 0))",
+        "tonumber(l.not_before or 0)",
         partial(rests.test_nothing_goes_out_before_the_rest_is_over_whatever_happens, event="poll"),
         found=False,
     ),
@@ -1145,8 +1146,8 @@ FAULTS = [
     Fault(
         "a balance does not end the rest",
         "shared",
-        "  redis.call('HDEL', 'login:' .. login, 'rests_until', 'rested_at')\n",
-        "",
+        "  if redis.call('HDEL', 'login:' .. login, 'rests_until', 'rested_at') > 0 then",
+        "  if false then",
         rests.test_a_balance_that_was_on_its_way_ends_the_rest,
         found=False,
     ),
@@ -1251,6 +1252,111 @@ FAULTS = [
         "if by ~= 'key' and is_resting(l)",
         "if is_resting(l)",
         partial(rests.test_nothing_goes_out_before_the_rest_is_over_whatever_happens, event="a new key lifts a block"),
+        found=False,
+    ),
+    # -------------------------------------------------------------------------- limits, rests and what lies over them
+    Fault(
+        "a probe that awaits its callback is never over",
+        "shared",
+        "  if a.state == 'awaiting' then return tonumber(a.due) > now end\n",
+        "  if a.state == 'awaiting' then return true end\n",
+        partial(interplay.test_a_probe_that_cannot_lapse_is_over_all_the_same, how="paused"),
+        found=False,
+    ),
+    Fault(
+        "a probe that is polled is never over",
+        "shared",
+        "  return a.begun_at + config_ms('request_deadline_ms') + config_ms('lease_margin_ms') > now\n",
+        "  return true\n",
+        partial(interplay.test_a_probe_that_cannot_lapse_is_over_all_the_same, how="blocked"),
+        found=False,
+    ),
+    Fault(
+        "a jump of the clock leaves slots that nobody holds",
+        "hold",
+        "redis.call('DEL', 'slots')\n",
+        "",
+        interplay.test_after_a_jump_of_the_clock_the_first_slot_is_now,
+        found=False,
+    ),
+    Fault(
+        "place holds a deadline back",
+        "shared",
+        "math.min(deadline or held, held)",
+        "held",
+        partial(interplay.test_what_holds_a_login_back_holds_no_deadline_of_it, why="budget"),
+        found=False,
+    ),
+    Fault(
+        "claim looks for no deadline behind what is held back",
+        "claim",
+        "    alias, due = next_deadline(login)\n",
+        "    alias, due = next_account(login, l.probing, l.probe)\n",
+        partial(interplay.test_what_holds_a_login_back_holds_no_deadline_of_it, why="rest"),
+        found=False,
+    ),
+    Fault(
+        "purge looks at the account's last login only",
+        "purge",
+        "ipairs(redis.call('SMEMBERS', 'logins'))",
+        "ipairs({ a.login })",
+        interplay.test_what_another_login_has_under_way_is_not_purged,
+        found=False,
+    ),
+    Fault(
+        "migrate does not count accounts",
+        "migrate",
+        "    recount(alias)\n",
+        "",
+        interplay.test_migrating_counts_what_an_older_program_did_not,
+        found=False,
+    ),
+    Fault(
+        "migrate does not count blocks",
+        "migrate",
+        "  if blocked then redis.call('HSET', 'blocked', login, blocked) end\n",
+        "",
+        interplay.test_migrating_counts_what_an_older_program_did_not,
+        found=False,
+    ),
+    Fault(
+        "apply leaves the token's end of a login that nobody uses",
+        "apply",
+        "    redis.call('ZREM', 'token_expires', login)\n",
+        "",
+        interplay.test_nobody_is_told_of_a_removed_logins_token,
+        found=False,
+    ),
+    Fault(
+        "a rest is not listed",
+        "shared",
+        "  redis.call('ZADD', 'resting', whole(ends), login)\n",
+        "",
+        partial(rests.test_who_rests_is_listed_until_the_rest_ends, end="a balance"),
+        found=False,
+    ),
+    Fault(
+        "a balance leaves the rest listed",
+        "shared",
+        " > 0 then redis.call('ZREM', 'resting', login) end",
+        " > 0 then return end",
+        partial(rests.test_who_rests_is_listed_until_the_rest_ends, end="a balance"),
+        found=False,
+    ),
+    Fault(
+        "an operator leaves the rest listed",
+        "shared",
+        "  redis.call('ZREM', 'resting', login)\nend",
+        "end",
+        partial(rests.test_who_rests_is_listed_until_the_rest_ends, end="an operator"),
+        found=False,
+    ),
+    Fault(
+        "a jump of the clock leaves the list of rests behind",
+        "hold",
+        "  move_score('resting', login)\n",
+        "",
+        partial(rests.test_a_jump_of_the_clock_moves_the_rest, jump_ms=-6 * rests.HOUR_MS),
         found=False,
     ),
 ]

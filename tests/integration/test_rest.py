@@ -111,6 +111,20 @@ def test_it_is_said_once_when_a_login_begins_to_rest(world: World) -> None:
     assert [*world.claim().news, *world.claim().news] == [told]
 
 
+ENDS: dict[str, Callable[[World], object]] = {
+    "a balance": lambda world: (world.pass_time(REST_MS), world.settle(world.begin(sent(world)))),
+    "an operator": lambda world: world.timetable.unblock("acme"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_who_rests_is_listed_until_the_rest_ends(world: World, end: str) -> None:
+    end_ms = resting(world)
+    assert world.client.zrange("resting", 0, -1, withscores=True) == [("acme", end_ms)]
+    ENDS[end](world)
+    assert world.client.zrange("resting", 0, -1) == []
+
+
 def test_other_failures_are_no_reason_to_rest(world: World) -> None:
     world.apply(read(*"abcde"))
     for alias in "abcd":
@@ -334,7 +348,7 @@ def test_a_jump_of_the_clock_moves_the_rest(world: World, jump_ms: int) -> None:
     world.pass_time(jump_ms)
     assert world.timetable.hold(Jump(by_ms=jump_ms, within_ms=0), seen) is not None
     world.workers(100)
-    assert place(world, "acme") == end_ms + jump_ms
+    assert place(world, "acme") == world.client.zscore("resting", "acme") == end_ms + jump_ms
     world.pass_time(2 * HOUR_MS)
     assert world.claim().dispatched == 0
     world.pass_time(HOUR_MS)
