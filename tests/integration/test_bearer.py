@@ -18,7 +18,7 @@ from world import START_MS
 from worker import ops
 from worker.accounts import parse_accounts
 from worker.credentials import CredentialStore
-from worker.lifecycle import TokenWatch, check_secrets, unblock_with_new_secrets
+from worker.lifecycle import Consumption, Presence, TokenWatch, check_secrets, unblock_with_new_secrets
 from worker.settings import load_settings
 
 VARIABLE = "BALANCES_SECRET_ACME_TOKEN"
@@ -82,6 +82,15 @@ def test_token_days_of_the_accounts_file_count_from_the_next_look_on(poller: Pol
     assert look(poller, watch) == []
     poller.apply(FILE.replace("token_days = 10", "token_days = 40"))
     assert look(poller, watch) == [("token ends soon", 29)]
+
+
+def test_a_worker_does_not_look_at_the_token_of_a_removed_login(poller: Poller) -> None:
+    presence = Presence(poller.wiring, "worker", 1, Consumption(poller.world.timetable, set(), 1))
+    presence._next_tokens_s = 0.0
+    TokenWatch(poller.wiring).look(poller.world.timetable.logins())
+    poller.apply(FILE.replace("acme", "beta"))
+    presence._round()
+    assert "token_expires" not in poller.world.login("acme")
 
 
 def test_the_end_stands_at_the_login_as_long_as_it_has_one(poller: Poller) -> None:

@@ -1028,8 +1028,8 @@ FAULTS = [
     Fault(
         "place lets a deadline wait for a slot",
         "shared",
-        "\n    and redis.call('HGET', 'account:' .. alias, 'state') ~= 'awaiting'\n",
-        "\n",
+        "whole(math.min(deadline or held, held))",
+        "whole(held)",
         limits.test_a_deadline_asks_nothing_and_waits_for_no_slot,
         found=False,
     ),
@@ -1182,7 +1182,7 @@ FAULTS = [
     Fault(
         "claim knows no rest",
         "claim",
-        "  if is_resting(l) then\n",
+        "  if held_until(l) > now then\n",
         "  if false then\n",
         rests.test_a_place_that_becomes_free_lets_nobody_go_while_the_login_rests,
         found=False,

@@ -347,7 +347,7 @@ class Everything:
         expected = min(due.values(), default=None)
         if "probing" in state:
             expected = due.get(state.get("probe", ""), expected)
-        if expected is not None and not self.asks_nothing(login, expected):
+        if expected is not None:
             held = max(float(state.get("not_before", 0)), float(state.get("rests_until", 0)))
             deadlines = [at for alias, at in due.items() if self.accounts[alias]["state"] == "awaiting"]
             expected = min(held, *deadlines) if held > expected and deadlines else max(held, expected)
@@ -359,11 +359,6 @@ class Everything:
         assert ("holder" in state) == ("until" in state), (login, state)
         assert "holder" in state or state.keys().isdisjoint({"begun", "refusals", "refused_by"}), (login, state)
         assert all(self.accounts[alias]["login"] == login for alias in due), (login, due)
-
-    def asks_nothing(self, login: str, due_ms: float) -> bool:
-        """Whether the login's next step is the deadline of an awaited callback, which no limit holds back."""
-        first = min((at, alias) for alias, at in self.due[login].items() if at == due_ms)[1]
-        return self.accounts[first]["state"] == "awaiting"
 
     def check_account(self, alias: str) -> None:
         """Exactly one next step: a due time, a place held, or a letter; unless it is paused."""

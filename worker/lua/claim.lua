@@ -90,10 +90,6 @@ local function limit_of(login, l, institution, due)
 end
 
 local function may_go(login, l, institution, due)
-  if is_resting(l) then
-    held_back = held_back + 1
-    return false
-  end
   local not_before, why = limit_of(login, l, institution, due)
   if not not_before then return true end
   hold_back(login, not_before, why)

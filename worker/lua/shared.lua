@@ -168,13 +168,8 @@ local function next_account(login, probing, probe)
   return first[1], first[2]
 end
 
--- An awaited callback's deadline asks nothing of the bank, so nothing holds it back.
-local function is_held_back(alias, at, not_before)
-  return at and not_before and tonumber(not_before) > tonumber(at)
-    and redis.call('HGET', 'account:' .. alias, 'state') ~= 'awaiting'
-end
-
--- The first deadline of an awaited callback, whatever else of the login is due before: alias, deadline (ms).
+-- The first deadline of an awaited callback, whatever else of the login is due before: alias, deadline (ms). It asks
+-- nothing of the bank, so nothing holds it back.
 local function next_deadline(login)
   local due = redis.call('ZRANGE', 'due:' .. login, 0, -1, 'WITHSCORES')
   for i = 1, #due, 2 do
@@ -190,15 +185,15 @@ end
 -- The end of every script: where the login stands in the timetable follows from its state alone.
 local function place(login)
   local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before', 'rests_until')
-  local alias, at
+  local at
   if l.blocked then
     at = nil
   elseif l.holder then
     at = l['until']
   else
-    alias, at = next_account(login, l.probing, l.probe)
+    at = select(2, next_account(login, l.probing, l.probe))
     local held = held_until(l)
-    if is_held_back(alias, at, held) then
+    if at and held > tonumber(at) then
       local _, deadline = next_deadline(login)
       at = whole(math.min(deadline or held, held))
     end
