@@ -68,6 +68,7 @@ class Account:
     currency: str = "CLP"
     number: str = ""
     mode: str = ""
+    institution: str = INSTITUTION
 
     def placed(self, index: int) -> Account:
         return replace(self, login=self.login or self.alias, number=self.number or f"NUMBER-CANARY-{index:04}")
@@ -441,7 +442,7 @@ def _table(header: str, values: Mapping[str, object]) -> str:
 def _entry(account: Account) -> dict[str, object]:
     return {
         "alias": account.alias,
-        "institution": INSTITUTION,
+        "institution": account.institution,
         "number": account.number,
         "currency": account.currency,
         "login": account.login,

@@ -17,6 +17,7 @@ import threading
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -281,7 +282,7 @@ login = "two"
 password = "password-canary-\\"é"
 """
 
-ACCOUNTS = [
+KINDS = [
     *(
         Account(alias, steps, mode="sync", number="NUMBER-CANARY-OWN" if alias == "drifts" else "")
         for alias, steps in SYNC.items()
@@ -293,6 +294,8 @@ ACCOUNTS = [
     Account("crashes-cb"),
     Account("vanishes", mode="sync"),
 ]
+#: Each at an institution of its own: so many failures at one would open its breaker, and hold the others.
+ACCOUNTS = [replace(account, institution=f"{account.alias}.cl") for account in KINDS]
 #: Accounts that end in a dead letter, one for each queue.
 DEAD = {
     "never": DeadLetterQueue.DO_NOT_RETRY,
