@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +124,16 @@ class Process:
     def ended(self, timeout: float = PATIENCE_S) -> int:
         """Waits for the end; returns the exit status, negative for a signal."""
         return self.popen.wait(timeout)
+
+
+@contextmanager
+def frozen(process: Process) -> Iterator[None]:
+    """Stands still meanwhile, as a process of a host that is too busy does."""
+    process.freeze()
+    try:
+        yield
+    finally:
+        process.thaw()
 
 
 def _parsed(line: str) -> JsonObject:

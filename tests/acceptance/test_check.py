@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
-from machine import PATIENCE_S, Account, Machine, Process
+from machine import PATIENCE_S, Account, Machine, Process, frozen
 from servers import wait_until
 
 from worker.health import CLAIM_WITHIN_S
@@ -42,15 +41,6 @@ def red(machine: Machine) -> set[str]:
 
 def running(machine: Machine, name: str) -> Process:
     return next(process for process in machine.processes if process.name == name and process.is_alive)
-
-
-@contextmanager
-def frozen(process: Process) -> Iterator[None]:
-    process.freeze()
-    try:
-        yield
-    finally:
-        process.thaw()
 
 
 def test_a_frozen_worker_and_a_frozen_settler_are_red_until_each_is_back(machine: Machine) -> None:

@@ -7,12 +7,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from checked import CheckedMachine
-from machine import PATIENCE_S, Account, Process
+from machine import PATIENCE_S, Account, frozen
 from servers import wait_until
 
 from worker.health import CLAIM_WITHIN_S
@@ -26,15 +25,6 @@ SETTLER = ("-n", "settler@%h", "-Q", "balances.answers", "-c", "2")
 def machine(tmp_path: Path) -> Iterator[CheckedMachine]:
     with CheckedMachine(tmp_path, [Account("acme")]) as machine:
         yield machine
-
-
-@contextmanager
-def frozen(process: Process) -> Iterator[None]:
-    process.freeze()
-    try:
-        yield
-    finally:
-        process.thaw()
 
 
 def test_an_idle_worker_is_green_a_frozen_one_red_and_without_a_server_nobody_is_killed(

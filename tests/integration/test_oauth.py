@@ -6,7 +6,7 @@ import base64
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from urllib.parse import unquote_plus
 
 import pytest
@@ -14,7 +14,7 @@ import redis
 from hostile import Hostile, Peer, head
 from poller import Poller
 from pydantic import SecretStr
-from sandbox_client import SandboxClient, fingerprint, running_sandbox
+from sandbox_client import SandboxClient, fingerprint
 from servers import wait_until
 from test_khipu import AT_ONCE_S, KEY, LONG_S, SHORT_S, answering, failing
 
@@ -28,18 +28,6 @@ from worker.oauth import AccessToken, AccessTokens
 CLIENT = Credentials("client-credentials", SecretStr(f"{KEY} + %/é?"), client_id=SecretStr("canary-client:1"))
 NUMBER = "NUMBER-CANARY-1"
 SECRETS = {"BALANCES_SECRET_ACME_CLIENT_ID": "canary-id", "BALANCES_SECRET_ACME_CLIENT_SECRET": "canary-secret"}
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[SandboxClient]:
-    with running_sandbox() as client:
-        yield client
-
-
-@pytest.fixture
-def sandbox(shared: SandboxClient) -> SandboxClient:
-    shared.reset()
-    return shared
 
 
 class Clock:

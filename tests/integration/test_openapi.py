@@ -20,7 +20,7 @@ import schemathesis
 from hostile import Hostile
 from hypothesis import HealthCheck, given, settings
 from pydantic import BaseModel, SecretStr
-from sandbox_client import PATIENCE_S, SandboxClient, Step, running_sandbox
+from sandbox_client import PATIENCE_S, SandboxClient, Step
 from schemathesis import Case, GenerationMode
 
 from worker import balances, khipu
@@ -59,12 +59,6 @@ SCHEMAS: dict[str, Any] = RAW["components"]["schemas"]
 @cache
 def validator(name: str) -> jsonschema_rs.Draft202012Validator:
     return jsonschema_rs.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": RAW["components"]})
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[SandboxClient]:
-    with running_sandbox() as client:
-        yield client
 
 
 @pytest.fixture

@@ -1266,7 +1266,7 @@ FAULTS = [
     Fault(
         "a probe that is polled is never over",
         "shared",
-        "  return a.begun_at + config_ms('request_deadline_ms') + config_ms('lease_margin_ms') > now\n",
+        "  return a.begun_at + lease_ms() > now\n",
         "  return true\n",
         partial(interplay.test_a_probe_that_cannot_lapse_is_over_all_the_same, how="blocked"),
         found=False,

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime
 from decimal import Decimal
@@ -38,18 +37,6 @@ EXAMPLE = json.loads("""
                        "Type": "ClosingAvailable", "Amount": {"Amount": 10000, "Currency": "CLP"}}]},
  "AdditionalInformation": null, "Error": null, "LifeSpan": null}
 """)
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[SandboxClient]:
-    with running_sandbox() as client:
-        yield client
-
-
-@pytest.fixture
-def sandbox(shared: SandboxClient) -> SandboxClient:
-    shared.reset()
-    return shared
 
 
 def ask(

@@ -21,7 +21,6 @@ from sandbox_client import (
     Step,
     account_id_of,
     log_on_of,
-    running_sandbox,
     sandbox_command,
     token_digest,
 )
@@ -35,18 +34,6 @@ CREDENTIAL = {"username": "treasury", "password": "right"}
 NUMBER = "10000001"
 TOKEN = "Zm9vYmFy" * 5 + "token"
 NOBODY = "http://127.0.0.1:1"
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[SandboxClient]:
-    with running_sandbox() as client:
-        yield client
-
-
-@pytest.fixture
-def sandbox(shared: SandboxClient) -> SandboxClient:
-    shared.reset()
-    return shared
 
 
 class Webhook(Hostile):

@@ -108,7 +108,7 @@ redis.call('HSET', key, 'state', 'polling', 'caller', caller, 'begun_at', whole(
   'moved_at', whole(now), 'releases', redis.call('GET', 'releases') or '0')
 if attempt == '1' then redis.call('HSET', key, 'first_at', whole(now)) end
 redis.call('HSET', login_key, 'begun', 1, 'bank', fingerprints.bank, 'key', fingerprints.key,
-  'until', whole(now + config_ms('request_deadline_ms') + config_ms('lease_margin_ms')))
+  'until', whole(now + lease_ms()))
 redis.call('HDEL', login_key, 'refusals', 'refused_by')
 expect_callback(ARGV[9])
 unwatch(alias)

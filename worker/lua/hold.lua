@@ -9,7 +9,6 @@
 -- written since the jump. `clock:offset` is the tests' and jumps never.
 
 local jump, known, since = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3]) + now - real_now()
-local lease_ms = config_ms('request_deadline_ms') + config_ms('lease_margin_ms')
 
 local function is_new(moved_at)
   return moved_at and tonumber(moved_at) >= since and tonumber(moved_at) <= now
@@ -85,7 +84,7 @@ redis.call('DEL', 'slots')
 move_all('workers')
 -- What is counted by its age keeps its age.
 for _, key in ipairs({ 'awaiting', 'received', 'begins' }) do move_all(key) end
-redis.call('HSET', 'config', 'jumped', whole(known + jump), 'hold_until', whole(now + lease_ms),
+redis.call('HSET', 'config', 'jumped', whole(known + jump), 'hold_until', whole(now + lease_ms()),
   'trim_from', whole(now + config_ms('retention_ms')))
 count('clock jump')
-return { 'held', lease_ms }
+return { 'held', lease_ms() }

@@ -103,6 +103,11 @@ local function config_ms(name)
   return tonumber(redis.call('HGET', 'config', name))
 end
 
+-- How long a running poll holds its login's place.
+local function lease_ms()
+  return config_ms('request_deadline_ms') + config_ms('lease_margin_ms')
+end
+
 -- Fields of a hash as a table; what is not there is nil.
 local function fields(key, ...)
   local values = redis.call('HMGET', key, ...)
@@ -481,7 +486,7 @@ local function is_under_way(held)
   -- Where a pause, a block or its login's other accounts keep it from lapsing, it is over all the same.
   if a.state == 'awaiting' then return tonumber(a.due) > now end
   if a.state ~= 'polling' then return a.state == 'dispatched' end
-  return a.begun_at + config_ms('request_deadline_ms') + config_ms('lease_margin_ms') > now
+  return a.begun_at + lease_ms() > now
 end
 
 -- Until when an open breaker lets nothing out (ms), nil where its next probe may go.
