@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from schemas import validate_stream
 
 from worker.store import LOOPBACK, free_port, server_binary, tethered
@@ -76,7 +78,8 @@ class ValkeyServer:
         return self._process.pid
 
     def client(self) -> redis.Redis:
-        return redis.Redis.from_url(self.url, decode_responses=True)
+        # Scripts keep their connections, and a test's server is killed and started again: a broken one is made anew.
+        return redis.Redis.from_url(self.url, decode_responses=True, retry=Retry(NoBackoff(), 1))
 
     def start(self) -> ValkeyServer:
         options = {"port": self.port, "maxmemory-policy": "noeviction", **self.options}

@@ -24,14 +24,14 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from http.client import HTTPException
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
 import requests
 from pydantic import JsonValue
 from requests.adapters import HTTPAdapter
-from urllib3 import HTTPConnectionPool, HTTPResponse, HTTPSConnectionPool
+from requests.structures import CaseInsensitiveDict
+from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPResponse, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
@@ -49,6 +49,13 @@ READ_SIZE = 64 * 1024
 CONNECT_LIMIT_S = 10.0
 #: Shorter texts are not searched for in descriptions: they would blot out ordinary words and hide nothing.
 SHORTEST_SECRET = 3
+#: What every balance call says of itself.
+HEADERS = {
+    "User-Agent": f"balance-poller/{worker.__version__}",
+    "Accept": "application/json",
+    "Accept-Encoding": "gzip",
+    "Content-Type": "application/json",
+}
 #: What may stand in a header without starting another one.
 HEADER_VALUE = re.compile(r"[\x21-\x7e]+")
 
@@ -89,7 +96,7 @@ class KhipuClient:
         self._resolver = resolver
         self._send_options = _send_options(self._base_url, trust_env, verify)
         self._tls = _tls_context(self._send_options["verify"])
-        self._templates: dict[str, requests.PreparedRequest] = {}
+        self._urls: dict[tuple[str, str, str], str] = {}
         self._thread = threading.local()
 
     def fetch(
@@ -113,7 +120,7 @@ class KhipuClient:
         except KhipuFailure as failure:
             failure.sent = attempt.sent
             if failure.outcome.kind is not Kind.ANSWERED:
-                self._session().close()  # what is left on this connection could be read as the next one's answer
+                self._adapter().close()  # what is left on this connection could be read as the next one's answer
             raise
 
     def exchange(self, request: requests.PreparedRequest, *, deadline_s: float) -> Reply:
@@ -124,7 +131,7 @@ class KhipuClient:
         try:
             return self._exchange(request, _Attempt(deadline_s, self._resolver))
         finally:
-            self._session().close()  # the next request of this thread goes to another host
+            self._adapter().close()  # the next request of this thread goes to another host
 
     def reach(self, url: str, *, deadline_s: float) -> datetime | None:
         """Connect to the host of `url` as a request would, and send nothing.
@@ -153,32 +160,27 @@ class KhipuClient:
     def _request(
         self, definition: Definition, credentials: Credentials, callback_url: str | None
     ) -> requests.PreparedRequest:
-        request = self._template(definition).copy()
-        request.headers.update(_authentication(credentials))
-        request.prepare_body(_body(definition, credentials, callback_url), None)
+        """As `requests.Request(…).prepare()` makes it, but for its URL, which is prepared once an institution."""
+        request = requests.PreparedRequest()
+        request.method, request.url = "POST", self._url(definition)
+        request.body = _body(definition, credentials, callback_url)
+        length = str(len(request.body))
+        request.headers = CaseInsensitiveDict({**HEADERS, **_authentication(credentials), "Content-Length": length})
         return request
 
-    def _template(self, definition: Definition) -> requests.PreparedRequest:
-        """The request but for its body and key: preparing it once saves a quarter of a request's cost."""
-        path = "/v1/{}/banking/{}/{}/current/balances".format(
-            *map(_path_part, (definition.country, definition.segment, definition.institution))
-        )
-        if path not in self._templates:
-            headers = {
-                "User-Agent": f"balance-poller/{worker.__version__}",
-                "Accept": "application/json",
-                "Accept-Encoding": "gzip",
-                "Content-Type": "application/json",
-            }
-            self._templates[path] = requests.Request("POST", self._base_url + path, headers=headers).prepare()
-        return self._templates[path]
+    def _url(self, definition: Definition) -> str:
+        parts = definition.country, definition.segment, definition.institution
+        if parts not in self._urls:
+            path = "/v1/{}/banking/{}/{}/current/balances".format(*map(_path_part, parts))
+            self._urls[parts] = requests.Request("POST", self._base_url + path).prepare().url or ""
+        return self._urls[parts]
 
     def _exchange(self, request: requests.PreparedRequest, attempt: _Attempt) -> Reply:
         """Send and read all of the reply, or fail with CONNECTION, TIMEOUT or UNREADABLE."""
         _current.attempt = attempt
         _watchdog.watch(attempt)
         try:
-            with self._session().send(request, timeout=attempt.remaining(), **self._send_options) as response:
+            with self._adapter().send(request, timeout=attempt.remaining(), **self._send_options) as response:
                 return Reply(response.status_code, response.headers, _content(response, attempt))
         except TROUBLE as error:
             outcome = _broken(error, attempt)
@@ -188,12 +190,12 @@ class KhipuClient:
         # Raised out here because the exceptions above hold the request, and would be this one's context.
         raise KhipuFailure(outcome)
 
-    def _session(self) -> _Session:
-        """This thread's session: requests' own are not made for sharing."""
-        if not hasattr(self._thread, "session"):
-            self._thread.session = _Session(self._tls)
-        session: _Session = self._thread.session
-        return session
+    def _adapter(self) -> _Adapter:
+        """This thread's adapter, and so its connection."""
+        if not hasattr(self._thread, "adapter"):
+            self._thread.adapter = _Adapter(self._tls)
+        adapter: _Adapter = self._thread.adapter
+        return adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +413,7 @@ class _Attempt:
         self.sent = False
         self._resolver = resolver
         self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
+        self._duplicate: int | None = None
 
     def remaining(self) -> float:
         """Seconds; a time-out that has passed is negative, and no library may get it."""
@@ -439,8 +441,8 @@ class _Attempt:
     def guard(self, connection: socket.socket) -> None:
         """Cut `connection` at the deadline. Holds a duplicate: by then its own number may be another file's."""
         with self._lock:
-            if self._socket is None:
-                self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+            if self._duplicate is None:
+                self._duplicate = os.dup(connection.fileno())
             if self.over:
                 self._shut()
 
@@ -453,14 +455,14 @@ class _Attempt:
     def release(self) -> None:
         """The request is over: its connection may serve another one."""
         with self._lock:
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
+            if self._duplicate is not None:
+                os.close(self._duplicate)
+                self._duplicate = None
 
     def _shut(self) -> None:
-        if self._socket is not None:
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+        if self._duplicate is not None:
+            with suppress(OSError), socket.socket(fileno=os.dup(self._duplicate)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _patience(self, limit: float = float("inf")) -> float:
         """Seconds for a library that would take nothing left as for ever, or as not to wait at all."""
@@ -531,6 +533,9 @@ _current = _Current()
 class _Connection(HTTPConnection):
     """A connection that the current attempt resolves, opens and cuts."""
 
+    #: What `request` has not sent yet.
+    _parts: list[bytes] | None = None
+
     def _new_conn(self) -> socket.socket:
         try:
             return _current.attempt.connect(self._dns_host.strip("[]"), self.port, self.socket_options or ())
@@ -544,11 +549,23 @@ class _Connection(HTTPConnection):
         return super().is_connected and not leftover
 
     def request(self, *args: Any, **kwargs: Any) -> None:
+        """Head and body in one write: two cost another call to the system, and a TLS record more."""
         if self.sock is None:
             self.connect()
         _current.attempt.guard(self.sock)  # a connection kept alive comes from an earlier attempt
         _current.attempt.sent = True
-        super().request(*args, **kwargs)
+        self._parts = []
+        try:
+            super().request(*args, **kwargs)
+        finally:
+            parts, self._parts = self._parts, None
+        self.send(b"".join(parts))
+
+    def send(self, data: Any) -> None:
+        if self._parts is None:
+            super().send(data)
+        else:
+            self._parts.append(data)
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
@@ -564,10 +581,14 @@ class _TlsPool(HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """An adapter that makes our connections, never retries, and verifies with a context made once."""
+    """An adapter that makes our connections, never retries, and verifies with a context made once.
+
+    It is called without a session, which would look for cookies and redirects; none is ever wanted here.
+    """
 
     def __init__(self, tls: ssl.SSLContext) -> None:
         self._tls = tls
+        self._pools: dict[str, Any] = {}
         super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -581,6 +602,13 @@ class _Adapter(HTTPAdapter):
         manager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme
         return manager
 
+    def get_connection_with_tls_context(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
+        """The pool of this URL, found once: looking it up is a seventh of what a request costs."""
+        url = request.url or ""
+        if url not in self._pools:
+            self._pools[url] = super().get_connection_with_tls_context(request, *args, **kwargs)
+        return self._pools[url]
+
     def build_connection_pool_key_attributes(self, *args: Any, **kwargs: Any) -> Any:
         host, _ = super().build_connection_pool_key_attributes(*args, **kwargs)
         return host, {"ssl_context": self._tls} if host["scheme"] == "https" else {}
@@ -588,26 +616,23 @@ class _Adapter(HTTPAdapter):
     def cert_verify(self, *args: Any, **kwargs: Any) -> None:
         """The context verifies; requests would load the whole CA bundle for every connection."""
 
+    def build_response(self, request: requests.PreparedRequest, raw: BaseHTTPResponse) -> requests.Response:
+        """What is read of a response, and no cookies."""
+        response = requests.Response()
+        response.status_code, response.headers, response.raw = raw.status, CaseInsensitiveDict(raw.headers), raw
+        response.request = request
+        return response
 
-class _Session(requests.Session):
-    def __init__(self, tls: ssl.SSLContext) -> None:
-        super().__init__()
-        # None is ever sent: they would only pile up.
-        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
-        self.mount("http://", _Adapter(tls))
-        self.mount("https://", _Adapter(tls))
-
-    def get_redirect_target(self, _: requests.Response) -> None:
-        """None: even when told not to follow, requests prepares to, and reads the whole body for it."""
-        return
+    def close(self) -> None:
+        self._pools.clear()
+        super().close()
 
 
 def _send_options(base_url: str, trust_env: bool, verify: bool | str) -> dict[str, Any]:
     """What every request is sent with, proxies and CA bundle of the environment included where they are trusted."""
     with requests.Session() as session:
         session.trust_env = trust_env
-        settings = session.merge_environment_settings(base_url, {}, True, verify, None)
-    return {**settings, "allow_redirects": False}
+        return dict(session.merge_environment_settings(base_url, {}, True, verify, None))
 
 
 def _tls_context(verify: bool | str) -> ssl.SSLContext:

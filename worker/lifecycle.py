@@ -2,6 +2,8 @@
 
 start ─▶ server fit? secrets there? ─▶ present every 5 s, secrets looked at every 15 s ─▶ SIGTERM ─▶ gone in time
 
+A worker of threads keeps to one core (`worker.affinity`).
+
 Present is only who works: a worker whose thread is free while messages wait, and that takes none, says nothing.
 """
 
@@ -17,8 +19,10 @@ from typing import Any
 
 import structlog
 from celery import signals
+from celery.concurrency.thread import TaskPool
 from celery.worker import state
 
+from worker.affinity import OneCore
 from worker.celery import AWAY_S, Wiring, exiting_on_mistakes, until_there, wiring, worker_name
 from worker.credentials import Credentials, Fingerprints, fingerprints, token_end
 from worker.errors import ConfigurationError, MissingSecret, StoreUnavailable
@@ -70,11 +74,14 @@ class Consumption:
 class Presence(threading.Thread):
     """Keeps this worker's threads in the queue's room, and lifts blocks for which it holds a new credential."""
 
-    def __init__(self, wiring: Wiring, name: str, threads: int, consumption: Consumption) -> None:
+    def __init__(
+        self, wiring: Wiring, name: str, threads: int, consumption: Consumption, core: OneCore | None = None
+    ) -> None:
         super().__init__(name="presence", daemon=True)
         self._wiring = wiring
         self._worker = (name, threads)
         self._consumption = consumption
+        self._core = core
         self._is_stalled = False
         self._leaving = threading.Event()
         self._next_look_s = self._next_tokens_s = time.monotonic() + SECRETS_EVERY_S
@@ -106,6 +113,8 @@ class Presence(threading.Thread):
         self._leaving.set()
 
     def _round(self) -> None:
+        if self._core is not None:
+            self._core.look()
         if self._consumption.is_stalled():
             self._stall()
             return
@@ -212,7 +221,8 @@ def _on_ready(sender: Any, **_: object) -> None:
     queues, threads = sender.app.amqp.queues.consume_from, sender.controller.concurrency
     room = threads if POLLS in queues else 0
     consumption = Consumption(wiring().timetable, queues, threads)
-    presence = Presence(wiring(), worker_name(sender.hostname), room, consumption)
+    core = OneCore() if isinstance(sender.pool, TaskPool) else None  # processes have a lock each
+    presence = Presence(wiring(), worker_name(sender.hostname), room, consumption, core)
     presence.start()
     _presence.append(presence)
 

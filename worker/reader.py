@@ -211,7 +211,9 @@ class BalanceReader:
         about = {"entry": delivery.entry, "group": self._group, "deliveries": delivery.times, "reason": reason}
         with self._client.pipeline(transaction=True) as steps:
             oldest = max(0, seconds * 1000 - DEAD_KEPT_MS)
-            steps.xadd(f"{self._stream}.dead", cast(Any, {**delivery.fields, **about}), minid=oldest)
+            # As bytes: what is no text cannot be sent as one by redis-py's C parser.
+            fields = {_raw(name): _raw(value) for name, value in delivery.fields.items()}
+            steps.xadd(f"{self._stream}.dead", cast(Any, {**fields, **about}), minid=oldest)
             steps.xack(self._stream, self._group, delivery.entry)
             steps.execute()
         self._failures = 0
@@ -311,6 +313,10 @@ class BalanceReader:
                 self._claim(ids, idle=GIVEN_BACK_MS)
             else:
                 self._client.xgroup_delconsumer(self._stream, self._group, self._consumer)
+
+
+def _raw(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _doubled(first_s: float, times: int, longest_s: float) -> float:

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from hashlib import sha256
-from importlib import resources
 from itertools import islice
 from typing import Any, Literal, TypeVar, assert_never, cast
 
@@ -38,6 +37,7 @@ from worker import clock, policy, schedule
 from worker.accounts import Accounts, Definition, Limits, Retry, Scheme
 from worker.errors import ConfigurationError, Outcome, Problem, Refused, StoreUnavailable
 from worker.policy import Counters, Credential, DeadLetterQueue
+from worker.scripts import LANES, Scripts, script_text
 from worker.settings import to_ms
 
 #: The queue that workers take polls from, and the one of answers that callbacks brought.
@@ -266,7 +266,7 @@ class Unsettled:
 Suspension = Literal["suspended", "parked", "blocked"]
 
 
-def connect(url: str, *, connections: int = 16, retries: int = 2) -> redis.Redis:
+def connect(url: str, *, connections: int = 2 * LANES, retries: int = 2) -> redis.Redis:
     """A client for `url` (`redis`, `rediss` or `sentinel://host:port[,host:port]/master/db`), bounded in every way.
 
     Calls may be repeated: every script answers a repeated call as it answered the first, or refuses it.
@@ -298,13 +298,6 @@ def _connect_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
     return cast(redis.Redis, sentinel.master_for(master, password=password, db=number, **options))
 
 
-@lru_cache
-def script_text(name: str) -> str:
-    """The script `name`, with what all of them share in front."""
-    folder = resources.files("worker") / "lua"
-    return "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("shared", name))
-
-
 class Timetable:
     """Every change and every reading of the timetable, over one client.
 
@@ -330,13 +323,10 @@ class Timetable:
         self._settling = settling
         self._actor = actor
         self._salt: bytes | None = None
-        self._scripts: dict[str, Callable[..., Any]] = {}
+        self._scripts = Scripts(client)
 
     def _run(self, script: str, *args: str | int) -> Any:
-        call = self._scripts.get(script)
-        if call is None:
-            call = self._scripts[script] = self.client.register_script(script_text(script))
-        return _guard(lambda: call(args=args))
+        return _guard(partial(self._scripts.run, script, *args))
 
     def check_version(self) -> None:
         """Raises `ConfigurationError` where Redis holds the state of a program that is not this one's version."""

@@ -19,7 +19,8 @@ from servers import ROOT, wait_until
 
 from worker.accounts import Accounts, Definition, Limits, Login, Mode, Retry, file_digest
 from worker.celery import letter_template, poll_template, settling_template
-from worker.timetable import CLAIM_BATCH, POLLS, SETTLE_AGAIN_MS, Timetable, Token, script_text
+from worker.scripts import script_text
+from worker.timetable import CLAIM_BATCH, POLLS, SETTLE_AGAIN_MS, Timetable, Token
 
 STREAM = "balances"
 EVERY = timedelta(days=300)

@@ -32,7 +32,7 @@ def patched(*patches: Patch) -> Iterator[None]:
     def script_text(name: str) -> str:
         return "\n".join(texts.get(part) or _read(part) for part in ("shared", name))
 
-    with mock.patch("worker.timetable.script_text", script_text):
+    with mock.patch("worker.scripts.script_text", script_text), mock.patch("worker.timetable.script_text", script_text):
         yield
 
 

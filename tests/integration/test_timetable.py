@@ -21,6 +21,7 @@ from worker.accounts import Accounts
 from worker.celery import settling_template
 from worker.errors import Kind, Outcome, Refused, StoreUnavailable
 from worker.policy import Counters, Credential, DeadLetterQueue
+from worker.scripts import script_text
 from worker.store import LOOPBACK, free_port
 from worker.timetable import (
     MISSING,
@@ -31,7 +32,6 @@ from worker.timetable import (
     Timetable,
     Token,
     connect,
-    script_text,
 )
 
 LUA = Path(module.__file__).parent / "lua"

@@ -1,0 +1,87 @@
+"""When a worker leaves its core: where others crowd it, and another one is idler by more than what is noise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from worker.affinity import CROWDED, Usage, better_core, busy_s
+
+TICKS = os.sysconf("SC_CLK_TCK")
+STAT = f"""cpu  1 2 3 4 5 6 7 8 9 10
+cpu0 {TICKS} 0 {TICKS} {9 * TICKS} {9 * TICKS} 0 0 0 0 0
+cpu11 0 {TICKS} 0 0 0 {TICKS} {TICKS} {TICKS} 5 5
+intr 1 2 3
+"""
+
+
+def test_a_core_is_busy_with_everything_but_idling_and_waiting_for_disks() -> None:
+    assert busy_s(STAT) == {0: 2.0, 11: 4.0}
+
+
+@pytest.mark.parametrize(
+    ("own_s", "busy_s", "better"),
+    [
+        (0.0, {0: 0.0, 1: 0.0}, None),
+        (9.0, {0: 9.0, 1: 0.0}, None),  # our own work is no reason to leave
+        (5.0, {0: 10.0, 1: 0.0}, 1),
+        (5.0, {0: 10.0, 1: 4.0}, None),  # little would be won
+        (5.0, {0: 10.0, 1: 9.0, 2: 1.0}, 2),
+        (5.0, {0: 10.0, 1: 9.0, 3: 0.0}, None),  # not allowed there
+        (5.0, {1: 0.0}, None),  # a system that does not show this core
+    ],
+)
+def test_a_worker_leaves_where_others_take_what_another_core_has(
+    own_s: float, busy_s: dict[int, float], better: int | None
+) -> None:
+    assert better_core(0, frozenset({0, 1, 2}), Usage(10.0, own_s, busy_s)) == better
+
+
+def test_what_is_won_must_be_worth_it() -> None:
+    for others_s, better in ((10 * CROWDED - 0.1, None), (10 * CROWDED + 0.1, 1)):
+        assert better_core(0, frozenset({0, 1}), Usage(10.0, 0.0, {0: others_s, 1: 0.0})) == better
+
+
+def test_a_look_right_after_another_one_sees_nothing() -> None:
+    assert better_core(0, frozenset({0, 1}), Usage(0.5, 0.0, {0: 0.5, 1: 0.0})) is None
+
+
+#: A process that keeps to one core, with a neighbour there that never rests; prints where its threads may run.
+CROWDED_PROCESS = """
+import os, subprocess, sys, threading, time
+from worker.affinity import OneCore
+
+def allowed():
+    return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
+
+stopped = threading.Event()
+threading.Thread(target=stopped.wait).start()
+place = OneCore(chance=lambda: 0.0)
+(first,) = allowed()
+threading.Thread(target=stopped.wait).start()
+assert allowed() == {first} and len(first) == 1, allowed()
+neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+try:
+    for _ in range(30):
+        time.sleep(1.1)
+        place.look()
+        if allowed() != {first}:
+            break
+    (second,) = allowed()
+    print("moved" if second != first else "stayed")
+finally:
+    neighbour.kill()
+    stopped.set()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process choose its core")
+def test_all_threads_move_away_from_a_neighbour_that_never_rests() -> None:
+    """The neighbour inherits the core, so it cannot be moved by the system."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one core only")
+    run = subprocess.run([sys.executable, "-c", CROWDED_PROCESS], capture_output=True, text=True, timeout=60)
+    assert (run.stdout, run.stderr) == ("moved\n", "")
