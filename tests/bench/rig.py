@@ -61,10 +61,13 @@ class Running:
 
 
 class Rig:
-    """A Valkey and its client; `with` ends everything that was started here."""
+    """A Valkey and its client; `with` ends everything that was started here.
+
+    The server has config/valkey.conf's memory, and keeps its file only where `appendonly` says so.
+    """
 
     def __init__(self, **server_options: str | int) -> None:
-        self._server_options = server_options
+        self._server_options = {"hash_max_listpack_value": 1024, **server_options}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:

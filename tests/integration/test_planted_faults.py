@@ -167,9 +167,9 @@ FAULTS = [
     Fault(
         "claim sends a lost message as a new attempt",
         "claim",
-        "      hold(login, held)\n      resent",
+        "      hold(login, l, held)\n      resent",
         "      redis.call('HINCRBY', 'account:' .. alias, 'attempt', 1)\n"
-        "      hold(login, token(alias, poll, attempt + 1))\n      resent",
+        "      hold(login, l, token(alias, poll, attempt + 1))\n      resent",
         rules.test_a_lost_message_is_sent_again_under_its_token_and_is_no_loss,
     ),
     Fault(

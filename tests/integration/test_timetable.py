@@ -77,7 +77,7 @@ def test_only_place_writes_the_timetable() -> None:
     writes = re.compile(r"'(Z(?!RANGE|SCORE|CARD|COUNT)\w+)', *'timetable'")
     found = {path.stem: writes.findall(path.read_text()) for path in LUA.glob("*.lua")}
     assert {name: commands for name, commands in found.items() if commands} == {"shared": ["ZADD", "ZREM"]}
-    body = (LUA / "shared.lua").read_text().split("local function place(login)")[1].split("\nend\n")[0]
+    body = (LUA / "shared.lua").read_text().split("local function place_as(login, l)")[1].split("\nend\n")[0]
     assert writes.findall(body) == ["ZADD", "ZREM"]
     assert re.findall(r"""\.z\w+\(f?["']timetable""", Path(module.__file__).read_text()) == []
 

@@ -44,8 +44,9 @@ local function push(login, alias, poll, attempt)
   room = room - 1
 end
 
-local function hold(login, held)
-  redis.call('HSET', 'login:' .. login, 'holder', held, 'until', whole(now + limits.margin_ms))
+local function hold(login, l, held)
+  l.holder, l['until'] = held, whole(now + limits.margin_ms)
+  redis.call('HSET', 'login:' .. login, 'holder', held, 'until', l['until'])
 end
 
 -- What recount() would do for each account, once for all of a claim: this is where ten thousands a second go through.
@@ -93,25 +94,27 @@ local function may_go(login, l, institution, due)
   local not_before, why = limit_of(login, l, institution, due)
   if not not_before then return true end
   hold_back(login, not_before, why)
+  l.not_before = whole(not_before)
   held_back = held_back + 1
   return false
 end
 
 local function dispatch(login, l, alias, account)
-  local poll, attempt = account.poll, whole(account.attempt + 1)
+  local key, poll, attempt = 'account:' .. alias, account.poll, whole(account.attempt + 1)
   if account.state == 'scheduled' then
     poll, attempt = whole(math.max(account.poll + 1, now)), '1'
-    redis.call('HDEL', 'account:' .. alias, 'first_at')
+    redis.call('HDEL', key, 'first_at', 'answered', 'callback')
+  else
+    redis.call('HDEL', key, 'answered', 'callback')
   end
   if l.probing then redis.call('HSET', 'login:' .. login, 'probe', alias) end
-  redis.call('HSET', 'account:' .. alias, 'state', 'dispatched', 'poll', poll, 'attempt', attempt,
+  redis.call('HSET', key, 'state', 'dispatched', 'poll', poll, 'attempt', attempt,
     'moved_at', whole(now), 'counted', move_to_dispatched(alias, account))
-  redis.call('HDEL', 'account:' .. alias, 'answered', 'callback')
   redis.call('ZREM', 'due:' .. login, alias)
   local institution = institution_of(account.source)
   if is_open[institution] then send_probe(institution, token(alias, poll, attempt)) end
   if l.held_by then redis.call('HDEL', 'login:' .. login, 'not_before', 'held_by') end
-  hold(login, token(alias, poll, attempt))
+  hold(login, l, token(alias, poll, attempt))
   push(login, alias, poll, attempt)
   dispatched = dispatched + 1
 end
@@ -122,13 +125,14 @@ local function return_lapsed(login, alias, a)
 end
 
 -- The holder's time is over. Returns whether the place is free now.
-local function lapse(login, held)
+local function lapse(login, l)
+  local held = l.holder
   local alias, poll, attempt = string.match(held, '^(%S+) (%S+) (%S+)$')
   local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses', 'login', 'answered', 'due')
   if is_dispatched(a, login, poll, attempt) then
     if room > 0 then
       push(login, alias, poll, attempt)
-      hold(login, held)
+      hold(login, l, held)
       resent = resent + 1
     end
     return false
@@ -142,6 +146,7 @@ local function lapse(login, held)
     step(alias, login, 'awaiting', tonumber(a.due))
   end
   free(login, held)
+  l.holder = nil
   return true
 end
 
@@ -163,11 +168,12 @@ local function serve_next(login, l)
 end
 
 local function serve(login)
-  local l = fields('login:' .. login, 'holder', 'probing', 'probe', 'not_before', 'held_by', 'rests_until')
-  if not l.holder or lapse(login, l.holder) then
+  local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before', 'held_by',
+    'rests_until')
+  if not l.holder or lapse(login, l) then
     serve_next(login, l)
   end
-  place(login)
+  place_as(login, l)
 end
 
 local function due_logins(from, count)

@@ -1,7 +1,7 @@
 -- What every script of the timetable is made of. Prepended to each of them; changes no key by being loaded.
 --
 -- Keys (<login> and <alias> are safe by their syntax):
---   timetable            sorted set: login → moment of its next step (ms). Written by place() and by nothing else.
+--   timetable            sorted set: login → moment of its next step (ms). Written by place_as() and by nothing else.
 --   due:<login>          sorted set: alias → due time (ms), for accounts that may be polled; in flight: not in it.
 --   login:<login>        hash: holder ("alias poll attempt"), until (ms), begun (a worker has begun the holder's token),
 --                        refusals, refused_by (caller) · scheme, token_days ('' without a token), token_expires
@@ -187,9 +187,8 @@ local function held_until(l)
   return math.max(tonumber(l.not_before or 0), tonumber(l.rests_until or 0))
 end
 
--- The end of every script: where the login stands in the timetable follows from its state alone.
-local function place(login)
-  local l = fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before', 'rests_until')
+-- Where the login stands in the timetable follows from its state alone; `l` is what of it place() reads.
+local function place_as(login, l)
   local at
   if l.blocked then
     at = nil
@@ -208,6 +207,12 @@ local function place(login)
   else
     redis.call('ZREM', 'timetable', login)
   end
+end
+
+-- The end of every script.
+local function place(login)
+  place_as(login,
+    fields('login:' .. login, 'blocked', 'holder', 'until', 'probing', 'probe', 'not_before', 'rests_until'))
 end
 
 -- Frees the place if, and only if, that token holds it.
