@@ -38,6 +38,7 @@ def sections(size: str) -> dict[str, Callable[[], Section]]:
     return {
         "dispatch": lambda: section_dispatch.run(
             [(40,), (1000, 10_000, 100_000), (1000, 10_000, 100_000)][sizes],
+            pick(1, 3, 5),
             pick(40, 100_000, 100_000),
             pick(1, 20, 60),
         ),

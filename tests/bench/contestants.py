@@ -89,6 +89,7 @@ class Peer(Contestant):
     environment: str
     program: str
     command: Callable[[int], list[str]]
+    prefix: list[str] = field(default_factory=list)
     _job: Job = field(init=False)
     workers: list[Running] = field(init=False)
 
@@ -102,8 +103,8 @@ class Peer(Contestant):
     def begin(self, job: Job, processes: int = 1) -> None:
         self._job = job
         program, *arguments = self.command(job.concurrency)
-        command = [str(self._bin / program), *arguments]
-        name = self.name.replace(" ", "-")
+        command = [*self.prefix, str(self._bin / program), *arguments]
+        name = self.name.replace(" ", "-").replace(",", "")
         self.workers = [job.rig.start(f"{name}-{each}", command, job.env, cwd=PEERS) for each in range(processes)]
 
     def give(self, count: int) -> None:
@@ -178,6 +179,25 @@ def arq_command(_: int) -> list[str]:
 
 def taskiq_command(concurrency: int) -> list[str]:
     return ["taskiq", "worker", "taskiq_peer:broker", "--workers", "1", "--max-async-tasks", str(concurrency)]
+
+
+#: Runs what follows where our workers of threads are by themselves: on one core, the last that is allowed.
+ON_ONE_CORE = """
+import os, sys
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def on_one_core() -> list[Contestant]:
+    """What others' threads would cost if their users kept them to one core."""
+    prefix = [sys.executable, "-c", ON_ONE_CORE]
+    everyone: list[Contestant] = [
+        Peer("celery -E, on one core", "peers", "celery_plain", celery_command, prefix),
+        Peer("dramatiq, on one core", "peers", "dramatiq_peer", dramatiq_command, prefix),
+        Peer("huey, on one core", "peers", "huey_peer", huey_command, prefix),
+    ]
+    return [each for each in everyone if each.is_installed() and sys.platform == "linux"]
 
 
 def contestants() -> list[Contestant]:

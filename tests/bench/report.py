@@ -26,8 +26,8 @@ class Spread:
     def text(self, digits: int = 2) -> str:
         """The median, and from where to where the measurements went."""
         if len(self.values) == 1:
-            return f"{self.median:.{digits}f}"
-        return f"{self.median:.{digits}f} ({min(self.values):.{digits}f}–{max(self.values):.{digits}f})"
+            return f"{self.median:,.{digits}f}"
+        return f"{self.median:,.{digits}f} ({min(self.values):,.{digits}f}–{max(self.values):,.{digits}f})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from contestants import PEERS
 from ours import Ours, accounts_file
-from report import Section, ratio, table
+from report import Section, Spread, ratio, table
 from rig import ENVIRONMENTS, Rig, Running, until
 
 from worker.celery import poll_template
 from worker.timetable import CLAIM_BATCH, POLLS
 
 #: Beats that need longer are stopped.
-PATIENCE_S = 20
-#: Sizes that the others' own start-up allows.
-SIZES = {"stock": 100_000, "redbeat": 10_000}
-NAMES = {"stock": "stock PersistentScheduler", "redbeat": "RedBeat"}
+PATIENCE_S = 10
+OURS, LIMITED = "**balance-poller**", "the limit"
+#: The others by their names in `peers/stock_beat.py`, and the sizes that their own start-up allows.
+OTHERS = {"stock": ("stock PersistentScheduler", 100_000), "redbeat": ("RedBeat", 10_000)}
 #: The template filled in and pushed, as claim does it, without any state.
 LIMIT = """
 local messages = {}
@@ -47,29 +49,42 @@ class Dispatch:
         return self.sent / self.seconds
 
 
-def run(sizes: Sequence[int], unchanged: int, idle_s: float) -> Section:
-    rows = [row for size in sizes for row in compare(size)]
+def run(sizes: Sequence[int], rounds: int, unchanged: int, idle_s: float) -> Section:
+    rows = [row for size in sizes for row in compare(size, rounds)]
     head = ("accounts due at once", "", "messages a second", "against ours", "CPU, µs a message", "slowest call, ms")
     words = (
-        "Due accounts, each on a login of its own, turned into messages in the queue; CPU is beat's and Valkey's "
-        f"together. What needs more than {PATIENCE_S} s is stopped, and its rate is that until then. RedBeat's own "
-        "start-up leaves out the largest. The limit fills in the same template in a script and does nothing else."
+        f"Due accounts, each on a login of its own, turned into messages in the queue: median of {rounds} rounds taken "
+        "in turns (smallest–largest). CPU is beat's and Valkey's together. What needs more than "
+        f"{PATIENCE_S} s is stopped, and its rate is that until then. RedBeat's own start-up leaves out the largest. "
+        "The limit fills in the same template in a script and does nothing else."
     )
     return Section("dispatch", "Dispatch", f"{words}\n\n{table(head, rows)}\n{at_rest(unchanged, idle_s)}")
 
 
-def compare(size: int) -> Iterable[tuple[str, ...]]:
-    found = {"**balance-poller**": ours(size), "the limit": limit(size)}
-    for kind, most in SIZES.items():
-        if size <= most and (ENVIRONMENTS / "peers").exists():
-            found[NAMES[kind]] = other(kind, size)
-    base = found["**balance-poller**"].rate
-    for name, each in found.items():
-        print(f"  {size} {name}: {each.rate:.0f}/s", flush=True)
-        slowest = f"{each.slowest_ms:.0f}" if each.slowest_ms else ""
-        stopped = f" (stopped at {each.sent:,})" if each.sent < size else ""
-        cost = f"{1e6 * each.cpu_s / each.sent:.0f}"
-        yield f"{size:,}", name, f"{each.rate:,.0f}{stopped}", ratio(each.rate, base), cost, slowest
+def compare(size: int, rounds: int) -> Iterable[tuple[str, ...]]:
+    found: dict[str, list[Dispatch]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, measure in measured(size).items():
+            found[name].append(measure())
+            print(f"  {size} {name}: {found[name][-1].rate:.0f}/s", flush=True)
+    rates = {name: Spread.of(each.rate for each in runs) for name, runs in found.items()}
+    for name, runs in found.items():
+        slowest_ms = max(each.slowest_ms for each in runs)
+        stopped = f", stopped at {runs[-1].sent:,}" if runs[-1].sent < size else ""
+        cost = Spread.of(1e6 * each.cpu_s / each.sent for each in runs)
+        against = ratio(rates[name].median, rates[OURS].median)
+        shown = f"{slowest_ms:.0f}" if slowest_ms else ""
+        yield f"{size:,}", name, rates[name].text(0) + stopped, against, cost.text(0), shown
+
+
+def measured(size: int) -> dict[str, Callable[[], Dispatch]]:
+    """Everyone who can be measured at this size."""
+    others = {
+        name: partial(other, kind, size)
+        for kind, (name, most) in OTHERS.items()
+        if size <= most and (ENVIRONMENTS / "peers").exists()
+    }
+    return {OURS: partial(ours, size), LIMITED: partial(limit, size), **others}
 
 
 def ours(size: int) -> Dispatch:
@@ -105,9 +120,12 @@ def other(kind: str, size: int) -> Dispatch:
     with Rig() as rig:
         env = {**os.environ, "BENCH_REDIS_URL": rig.server.url, "BENCH_SECONDS": str(PATIENCE_S)}
         command = [str(ENVIRONMENTS / "peers" / "bin" / "python"), str(PEERS / "stock_beat.py"), kind, str(size)]
-        said = subprocess.run(command, env=env, cwd=rig.directory, check=True, capture_output=True, text=True).stdout
-        sent, cpu_s, seconds = said.splitlines()[-1].split()
-        return Dispatch(int(sent), float(seconds), float(cpu_s))
+        with subprocess.Popen(command, env=env, cwd=rig.directory, stdout=subprocess.PIPE, text=True) as beat:
+            assert beat.stdout is not None
+            assert beat.stdout.readline() == "ready\n", f"{kind} did not start"
+            server_s = rig.server_cpu_s
+            sent, cpu_s, seconds = beat.stdout.read().split()
+        return Dispatch(int(sent), float(seconds), float(cpu_s) + rig.server_cpu_s - server_s)
 
 
 def at_rest(accounts: int, idle_s: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import redis
@@ -23,13 +24,26 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Per poll: `claim_us` and `scripts_us` of Valkey's time (dispatching it; beginning and settling it), `worker_ms`
-    of the workers' CPU. `rate`: polls a second."""
+    """Per poll: `claim_us` and `scripts_us` of Valkey's time (dispatching it; beginning and settling it), `commands` of
+    Valkey's, those inside scripts included, and `worker_ms` of the workers' CPU. `rate`: polls a second."""
 
     claim_us: float
     scripts_us: float
+    commands: float
     worker_ms: float
     rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What Valkey did meanwhile: µs in claims and in other scripts, and commands."""
+
+    claims_us: float = 0.0
+    others_us: float = 0.0
+    commands: int = 0
+
+    def __add__(self, more: Spent) -> Spent:
+        return Spent(self.claims_us + more.claims_us, self.others_us + more.others_us, self.commands + more.commands)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,32 +114,47 @@ def measure(accounts: int, per_login: int, processes: int, polls: int) -> Step:
         deployment = Ours(rig, rig.bank().url)
         deployment.fill(accounts, per_login=per_login)
         workers = [deployment.worker(CONCURRENCY, f"worker-{number}") for number in range(processes)]
-        aliases = [alias_of(number) for number in range(min(polls, accounts))]
+        aliases = [alias_of(number) for number in islice(spread(accounts, per_login), polls)]
         drive(deployment, workers, aliases, len(aliases))
         cpu_s, began_s = sum(each.cpu_s for each in workers), time.monotonic()
-        claim_us, scripts_us = drive(deployment, workers, aliases, polls)
+        spent = drive(deployment, workers, aliases, polls)
         lasted_s, spent_s = time.monotonic() - began_s, sum(each.cpu_s for each in workers) - cpu_s
-        return Step(claim_us / polls, scripts_us / polls, 1000 * spent_s / polls, polls / lasted_s)
+        per_poll = (each / polls for each in (spent.claims_us, spent.others_us, spent.commands))
+        return Step(*per_poll, 1000 * spent_s / polls, polls / lasted_s)
 
 
-def drive(deployment: Ours, workers: list[Running], aliases: list[str], polls: int) -> tuple[float, float]:
-    """Polls these accounts, again and again until there were so many; µs of Valkey in claims, and in the rest."""
-    claims_us = all_us = 0.0
-    goal = deployment.settled()
+def spread(accounts: int, per_login: int) -> Iterable[int]:
+    """All accounts, one of each login before another one of any, because a login has one in flight."""
+    return chain.from_iterable(range(first, accounts, per_login) for first in range(per_login))
+
+
+def drive(deployment: Ours, workers: list[Running], aliases: list[str], polls: int) -> Spent:
+    """Polls these accounts, again and again until there were so many."""
+    spent = Spent()
     while polls > 0:
         batch = aliases[:polls]
         polls -= len(batch)
         deployment.make_due(*batch)
-        before_us = scripts_us(deployment.rig.store)
-        for _ in iter(batch):
-            dispatched, spent_us = claim(deployment)
-            claims_us += spent_us
-            goal += dispatched
-            until(lambda goal=goal: is_done(deployment, workers, goal), 120, "polls", pause_s=0.01)
-            if not dispatched:
-                break
-        all_us += scripts_us(deployment.rig.store) - before_us
-    return claims_us, all_us - claims_us
+        spent += drive_once(deployment, workers)
+    return spent
+
+
+def drive_once(deployment: Ours, workers: list[Running]) -> Spent:
+    """Polls what is due, a claim at a time, until nothing is."""
+    store, goal, claims_us = deployment.rig.store, deployment.settled(), 0.0
+    before_us, before_commands = scripts_us(store), commands(store)
+    dispatched = -1
+    while dispatched:
+        dispatched, spent_us = claim(deployment)
+        claims_us += spent_us
+        goal += dispatched
+        until(lambda goal=goal: is_done(deployment, workers, goal), 120, "polls", pause_s=0.01)
+    return Spent(claims_us, scripts_us(store) - before_us - claims_us, commands(store) - before_commands)
+
+
+def commands(store: redis.Redis) -> int:
+    """Commands that Valkey has carried out, those inside scripts too."""
+    return int(store.info("stats")["total_commands_processed"])
 
 
 def claim(deployment: Ours) -> tuple[int, float]:
@@ -185,6 +214,7 @@ def projection(step: Step, memory: Memory) -> str:
         ("polls a second", f"{polls_s:,.0f}"),
         ("Valkey's memory for the accounts", f"{memory.bytes_an_account * MILLION / 2**30:.1f} GB"),
         ("and for a day of the stream", f"{stream_gb:.1f} GB"),
+        ("Valkey's commands a second, those inside scripts included", f"{polls_s * step.commands:,.0f}"),
         ("Valkey's time in our scripts, % of its one core", f"{100 * valkey:.0f}"),
         ("cores of workers, for the CPU alone", f"{workers:.1f}"),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from contestants import Contestant, Job, OurWorker, contestants
+from contestants import Contestant, Job, OurWorker, contestants, on_one_core
 from report import Section, Spread, ratio, table
 from rig import Rig
 
@@ -27,7 +27,7 @@ def run(polls: int, rounds: int) -> Section:
     """Everyone `rounds` times, in turns."""
     costs: dict[str, list[Cost]] = defaultdict(list)
     for _ in range(rounds):
-        for contestant in contestants():
+        for contestant in (*contestants(), *on_one_core()):
             count = polls // FEWER.get(contestant.name, 1)
             cost = measure(contestant, count)
             costs[contestant.name].append(cost)
@@ -56,7 +56,7 @@ def words(polls: int, rounds: int) -> str:
         f"{polls:,} polls each (rq a tenth) in a process that had done them before, {CONCURRENCY} at a time, against a "
         "bank that answers at once. Valkey's CPU includes the enqueuing; start-up, the first poll. Peers POST, parse "
         "and XADD with a session and connections that are kept; ours does it on the full timetable, with Flower's "
-        "events on."
+        "events on. A worker of ours keeps to one core by itself; *on one core*: threads of others that were told to."
     )
 
 

@@ -6,7 +6,8 @@ import os
 from aiopoll import poll
 from taskiq_redis import ListQueueBroker
 
-broker = ListQueueBroker(os.environ["BENCH_REDIS_URL"])
+# redis-py's time-out of 5 s would end a worker that waits longer than that for a message, polls in flight included.
+broker = ListQueueBroker(os.environ["BENCH_REDIS_URL"], socket_timeout=None)
 
 
 @broker.task
