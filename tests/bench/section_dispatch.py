@@ -19,7 +19,7 @@ from worker.celery import poll_template
 from worker.timetable import CLAIM_BATCH, POLLS
 
 #: Beats that need longer are stopped.
-PATIENCE_S = 10
+PATIENCE_S = 5
 OURS, LIMITED = "**balance-poller**", "the limit"
 #: The others by their names in `peers/stock_beat.py`, and the sizes that their own start-up allows.
 OTHERS = {"stock": ("stock PersistentScheduler", 100_000), "redbeat": ("RedBeat", 10_000)}

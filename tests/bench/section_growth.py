@@ -57,8 +57,10 @@ class Memory:
 
 def run(polls: int, sizes: Sequence[int], per_login: Sequence[int], workers: Sequence[int], long_run: int) -> Section:
     by_accounts = {size: told("accounts", size, measure(size, 1, 1, polls)) for size in sizes}
-    by_login = {count: told("a login", count, measure(sizes[-1], count, 1, polls)) for count in per_login}
-    by_workers = {count: told("workers", count, measure(sizes[0], 1, count, polls)) for count in workers}
+    by_login = {1: by_accounts[sizes[-1]]}
+    by_login |= {count: told("a login", count, measure(sizes[-1], count, 1, polls)) for count in per_login}
+    by_workers = {1: by_accounts[sizes[0]]}
+    by_workers |= {count: told("workers", count, measure(sizes[0], 1, count, polls)) for count in workers}
     memory = remember(long_run)
     text = "\n".join(
         [
@@ -194,10 +196,11 @@ def remember(polls: int) -> Memory:
         aliases = [alias_of(number) for number in range(accounts)]
         drive(deployment, workers, aliases, accounts)
         polled, found = used(rig.store), [(accounts, workers[0].memory_mb)]
+        step = (polls - accounts) // 4 or accounts
         for quarter in range(1, 5):
-            drive(deployment, workers, aliases, polls // 4)
-            found.append((accounts + quarter * (polls // 4), workers[0].memory_mb))
-        return Memory(found, (used(rig.store) - polled) / (polls // 4 * 4), bytes_an_account)
+            drive(deployment, workers, aliases, step)
+            found.append((accounts + quarter * step, workers[0].memory_mb))
+        return Memory(found, (used(rig.store) - polled) / (step * 4), bytes_an_account)
 
 
 def used(store: redis.Redis) -> int:

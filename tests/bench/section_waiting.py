@@ -45,7 +45,8 @@ def run(accounts: int, countdowns: int) -> Section:
         rows.append(("celery, `countdown=14400`: in Valkey", f"{countdowns:,}", f"{server:,.0f}"))
     words = (
         "Accounts in the four-hour wait after a failed first poll. The wait itself is a score that every account has; "
-        "what is more than for an account that was never polled is its history: when, which attempt, how it ended."
+        "what is more than for an account that was never polled is its history: when, which attempt, how it ended. "
+        "What is found in our processes is the noise between two starts of them."
     )
     return Section("waiting", "Waiting", f"{words}\n\n{table(('', 'how many', 'bytes each'), rows)}")
 
