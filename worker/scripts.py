@@ -80,9 +80,13 @@ def _run_on(lane: Any, text: str, sha: str, *args: str | int) -> Any:
 
 
 def _evaluate(lane: Any, text: str, sha: str, *args: str | int) -> Any:
-    lane.send_command("EVALSHA", sha, 0, *args)
     try:
-        return lane.read_response()
-    except redis.exceptions.NoScriptError:
-        lane.send_command("EVAL", text, 0, *args)
-        return lane.read_response()
+        return _call(lane, "EVALSHA", sha, 0, *args)
+    except redis.exceptions.NoScriptError:  # a server that was started again, or is another one
+        _call(lane, "SCRIPT", "LOAD", text)
+        return _call(lane, "EVALSHA", sha, 0, *args)
+
+
+def _call(lane: Any, *command: str | int) -> Any:
+    lane.send_command(*command)
+    return lane.read_response()

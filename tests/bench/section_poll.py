@@ -54,9 +54,9 @@ def words(polls: int, rounds: int) -> str:
     return (
         f"CPU of the worker's process tree, ms per poll: median of {rounds} rounds taken in turns (smallest–largest); "
         f"{polls:,} polls each (rq a fortieth) in a process that had done them before, {CONCURRENCY} at a time, "
-        "against a bank that answers at once. Valkey's CPU includes the enqueuing; start-up, the first poll. Peers POST, parse "
-        "and XADD with a session and connections that are kept; ours does it on the full timetable, with Flower's "
-        "events on. A worker of ours keeps to one core by itself; *on one core*: threads of others that were told to."
+        "against a bank that answers at once. Valkey's CPU includes the enqueuing; start-up, the first poll. Peers "
+        "POST, parse and XADD with a session and connections that are kept; ours does it on the full timetable, with "
+        "Flower's events on. A worker of ours keeps to one core by itself; *on one core*: threads of others that were told to."
     )
 
 
