@@ -56,7 +56,8 @@ def words(polls: int, rounds: int) -> str:
         f"{polls:,} polls each (rq a fortieth) in a process that had done them before, {CONCURRENCY} at a time, "
         "against a bank that answers at once. Valkey's CPU includes the enqueuing; start-up, the first poll. Peers "
         "POST, parse and XADD with a session and connections that are kept; ours does it on the full timetable, with "
-        "Flower's events on. A worker of ours keeps to one core by itself; *on one core*: threads of others that were told to."
+        "Flower's events on. A worker of ours keeps to one core by itself; *on one core*: others' threads that were "
+        "told to."
     )
 
 
