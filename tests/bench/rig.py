@@ -31,6 +31,12 @@ HERE = Path(__file__).parent
 ENVIRONMENTS = Path(os.environ.get("BENCH_ENVIRONMENTS", ROOT / ".bench"))
 
 
+def shipped() -> dict[str, str | int]:
+    """The options of config/valkey.conf that say how data is kept in memory."""
+    lines = (ROOT / "config" / "valkey.conf").read_text().splitlines()
+    return {name: value for name, _, value in (line.partition(" ") for line in lines) if name.startswith("hash-")}
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A process of a measurement."""
@@ -63,11 +69,11 @@ class Running:
 class Rig:
     """A Valkey and its client; `with` ends everything that was started here.
 
-    The server has config/valkey.conf's memory, and keeps its file only where `appendonly` says so.
+    The server keeps its data as config/valkey.conf has it, and its file only where `appendonly` says so.
     """
 
     def __init__(self, **server_options: str | int) -> None:
-        self._server_options = {"hash_max_listpack_value": 1024, **server_options}
+        self._server_options = {**shipped(), **server_options}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:

@@ -20,6 +20,8 @@ from worker.timetable import CLAIM_BATCH, POLLS
 
 #: Beats that need longer are stopped.
 PATIENCE_S = 5
+#: Who would take so many times longer is stopped once only: it is known then.
+MANY_TIMES = 100
 OURS, LIMITED = "**balance-poller**", "the limit"
 #: The others by their names in `peers/stock_beat.py`, and the sizes that their own start-up allows.
 OTHERS = {"stock": ("stock PersistentScheduler", 100_000), "redbeat": ("RedBeat", 10_000)}
@@ -37,8 +39,9 @@ redis.call('LPUSH', 'balances.polls', unpack(messages))
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """`sent` messages in `seconds`; `cpu_s` of beat and of Valkey, `slowest_ms` of one call to the server."""
+    """`sent` of `due` messages in `seconds`; `cpu_s` of beat and of Valkey, `slowest_ms` of one call to the server."""
 
+    due: int
     sent: int
     seconds: float
     cpu_s: float
@@ -48,6 +51,10 @@ class Dispatch:
     def rate(self) -> float:
         return self.sent / self.seconds
 
+    @property
+    def is_hopeless(self) -> bool:
+        return self.sent * MANY_TIMES < self.due
+
 
 def run(sizes: Sequence[int], rounds: int, unchanged: int, idle_s: float) -> Section:
     rows = [row for size in sizes for row in compare(size, rounds)]
@@ -55,8 +62,9 @@ def run(sizes: Sequence[int], rounds: int, unchanged: int, idle_s: float) -> Sec
     words = (
         f"Due accounts, each on a login of its own, turned into messages in the queue: median of {rounds} rounds taken "
         "in turns (smallest–largest). CPU is beat's and Valkey's together. What needs more than "
-        f"{PATIENCE_S} s is stopped, and its rate is that until then. RedBeat's own start-up leaves out the largest. "
-        "The limit fills in the same template in a script and does nothing else."
+        f"{PATIENCE_S} s is stopped, and its rate is that until then, of one round where it is hopeless. "
+        "RedBeat's own start-up leaves out the largest. The limit fills in the same template in a script and does "
+        "nothing else."
     )
     return Section("dispatch", "Dispatch", f"{words}\n\n{table(head, rows)}\n{at_rest(unchanged, idle_s)}")
 
@@ -65,12 +73,13 @@ def compare(size: int, rounds: int) -> Iterable[tuple[str, ...]]:
     found: dict[str, list[Dispatch]] = defaultdict(list)
     for _ in range(rounds):
         for name, measure in measured(size).items():
-            found[name].append(measure())
-            print(f"  {size} {name}: {found[name][-1].rate:.0f}/s", flush=True)
+            if not found[name] or not found[name][0].is_hopeless:
+                found[name].append(measure())
+                print(f"  {size} {name}: {found[name][-1].rate:.0f}/s", flush=True)
     rates = {name: Spread.of(each.rate for each in runs) for name, runs in found.items()}
     for name, runs in found.items():
         slowest_ms = max(each.slowest_ms for each in runs)
-        stopped = f", stopped at {runs[-1].sent:,}" if runs[-1].sent < size else ""
+        stopped = f", stopped at {runs[-1].sent:,}" if runs[-1].sent < runs[-1].due else ""
         cost = Spread.of(1e6 * each.cpu_s / each.sent for each in runs)
         against = ratio(rates[name].median, rates[OURS].median)
         shown = f"{slowest_ms:.0f}" if slowest_ms else ""
@@ -101,7 +110,7 @@ def ours(size: int) -> Dispatch:
         seconds = time.monotonic() - began_s
         spent_s = time.process_time() - cpu_s + rig.server_cpu_s - server_s
         slowest_us = max((call["duration"] for call in rig.store.slowlog_get(10_000)), default=0)
-        return Dispatch(rig.store.llen(POLLS), seconds, spent_s, slowest_us / 1000)
+        return Dispatch(size, rig.store.llen(POLLS), seconds, spent_s, slowest_us / 1000)
 
 
 def limit(size: int) -> Dispatch:
@@ -112,7 +121,7 @@ def limit(size: int) -> Dispatch:
         for start in range(0, size, CLAIM_BATCH):
             push(args=[template, min(CLAIM_BATCH, size - start)])
         seconds = time.monotonic() - began_s
-        return Dispatch(size, seconds, time.process_time() - cpu_s + rig.server_cpu_s - server_s)
+        return Dispatch(size, size, seconds, time.process_time() - cpu_s + rig.server_cpu_s - server_s)
 
 
 def other(kind: str, size: int) -> Dispatch:
@@ -120,12 +129,18 @@ def other(kind: str, size: int) -> Dispatch:
     with Rig() as rig:
         env = {**os.environ, "BENCH_REDIS_URL": rig.server.url, "BENCH_SECONDS": str(PATIENCE_S)}
         command = [str(ENVIRONMENTS / "peers" / "bin" / "python"), str(PEERS / "stock_beat.py"), kind, str(size)]
-        with subprocess.Popen(command, env=env, cwd=rig.directory, stdout=subprocess.PIPE, text=True) as beat:
+        log = rig.directory / f"{kind}.log"  # stock beat cannot keep its file where it is stopped
+        with (
+            log.open("ab") as errors,
+            subprocess.Popen(
+                command, env=env, cwd=rig.directory, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as beat,
+        ):
             assert beat.stdout is not None
-            assert beat.stdout.readline() == "ready\n", f"{kind} did not start"
+            assert beat.stdout.readline() == "ready\n", log.read_text()
             server_s = rig.server_cpu_s
             sent, cpu_s, seconds = beat.stdout.read().split()
-        return Dispatch(int(sent), float(seconds), float(cpu_s) + rig.server_cpu_s - server_s)
+        return Dispatch(size, int(sent), float(seconds), float(cpu_s) + rig.server_cpu_s - server_s)
 
 
 def at_rest(accounts: int, idle_s: float) -> str:

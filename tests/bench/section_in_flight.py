@@ -15,7 +15,7 @@ LEFT_OUT = {Bare.name, "rq"}
 #: Those that are shown with several processes too.
 SEVERAL = {OurWorker.name, "celery -E"}
 #: So many times the ideal is waited for.
-PATIENCE = 3
+PATIENCE = 2.5
 
 
 @dataclass(frozen=True, slots=True)

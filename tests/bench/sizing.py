@@ -19,6 +19,7 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), *(str(TESTS / each) for each in ("", "acceptance", "integration"))]
 
 from machine import Account, Machine  # noqa: E402
+from rig import shipped  # noqa: E402
 from servers import ValkeyServer, wait_until  # noqa: E402
 from world import STREAM, Entry, World, read_entries  # noqa: E402
 
@@ -31,7 +32,11 @@ PATIENCE_S = 120.0
 
 def store(per_login: int) -> None:
     """One row: bytes of an account that was applied, what its first poll adds, and an entry of the stream."""
-    with tempfile.TemporaryDirectory() as directory, ValkeyServer(Path(directory)) as server, server.client() as client:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        ValkeyServer(Path(directory), **shipped()) as server,
+        server.client() as client,
+    ):
         world = World(client)
         world.workers(ACCOUNTS)
         empty = client.info("memory")["used_memory"]
