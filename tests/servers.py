@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from schemas import validate_stream
 
 from worker.store import LOOPBACK, free_port, server_binary, tethered
@@ -78,8 +76,7 @@ class ValkeyServer:
         return self._process.pid
 
     def client(self) -> redis.Redis:
-        # Scripts keep their connections, and a test's server is killed and started again: a broken one is made anew.
-        return redis.Redis.from_url(self.url, decode_responses=True, retry=Retry(NoBackoff(), 1))
+        return redis.Redis.from_url(self.url, decode_responses=True)
 
     def start(self) -> ValkeyServer:
         options = {"port": self.port, "maxmemory-policy": "noeviction", **self.options}

@@ -14,8 +14,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,35 +72,56 @@ def better_core(core: int, allowed: frozenset[int], used: Usage) -> int | None:
 
 
 class OneCore:
-    """This process's place. Made by whoever is to keep it, and looked after by `look`, now and then.
+    """This process's place: taken by `settle`, kept by `look`, now and then, and given up by `leave`.
 
-    `chance`: from 0 to 1.
+    Where the system refuses, shows nothing or has other cores than before, the place is given up: it is worth having,
+    and not worth an error. `chance`: from 0 to 1.
     """
 
     def __init__(self, chance: Callable[[], float] = random.random) -> None:
         self._chance = chance
         self._allowed = frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else frozenset()
-        self._core = random.choice(sorted(self._allowed)) if len(self._allowed) > 1 else None  # noqa: S311 - no secret
-        if self._core is not None:
-            self._used = Usage.now()
-            _move(self._core)
+        self._core: int | None = None
+
+    def settle(self) -> None:
+        """Chooses a core, where there are several."""
+        if len(self._allowed) > 1:
+            with self._giving_up():
+                self._used = Usage.now()
+                self._core = random.choice(sorted(self._allowed))  # noqa: S311 - no secret
+                _move({self._core})
 
     def look(self) -> None:
         """Moves, where others crowd this core and another one is idler."""
         if self._core is None:
             return
-        used, self._used = Usage.now().since(self._used), Usage.now()
-        better = better_core(self._core, self._allowed, used)
-        if better is not None and self._chance() < MOVES:
-            self._core = better
-            _move(better)
+        with self._giving_up():
+            used, self._used = Usage.now().since(self._used), Usage.now()
+            better = better_core(self._core, self._allowed, used)
+            if better is not None and self._chance() < MOVES:
+                self._core = better
+                _move({better})
+
+    def leave(self) -> None:
+        """Back to every core: what is started in this process's place, as after a SIGHUP, chooses anew."""
+        if self._core is not None:
+            self._core = None
+            with suppress(OSError):
+                _move(self._allowed)
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):
+            self.leave()
 
 
-def _move(core: int) -> None:
+def _move(cores: AbstractSet[int]) -> None:
     """All threads there are; those to come are put where the thread is that makes them."""
     moved: set[str] = set()
     while new := set(os.listdir("/proc/self/task")) - moved:
         for thread in new:
             with suppress(ProcessLookupError):  # it ended meanwhile
-                os.sched_setaffinity(int(thread), {core})
+                os.sched_setaffinity(int(thread), cores)
         moved |= new

@@ -461,8 +461,12 @@ class _Attempt:
 
     def _shut(self) -> None:
         if self._duplicate is not None:
-            with suppress(OSError), socket.socket(fileno=os.dup(self._duplicate)) as connection:
-                connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):
+                connection = socket.socket(fileno=self._duplicate)
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)
+                finally:
+                    connection.detach()  # `release` closes it
 
     def _patience(self, limit: float = float("inf")) -> float:
         """Seconds for a library that would take nothing left as for ever, or as not to wait at all."""

@@ -206,6 +206,7 @@ def check_secrets(wiring: Wiring) -> None:
         log.warning("secret open to others", where=warning)
 
 
+_core = OneCore()
 _presence: list[Presence] = []
 
 
@@ -221,8 +222,9 @@ def _on_ready(sender: Any, **_: object) -> None:
     queues, threads = sender.app.amqp.queues.consume_from, sender.controller.concurrency
     room = threads if POLLS in queues else 0
     consumption = Consumption(wiring().timetable, queues, threads)
-    core = OneCore() if isinstance(sender.pool, TaskPool) else None  # processes have a lock each
-    presence = Presence(wiring(), worker_name(sender.hostname), room, consumption, core)
+    if isinstance(sender.pool, TaskPool):  # processes have a lock each
+        _core.settle()
+    presence = Presence(wiring(), worker_name(sender.hostname), room, consumption, _core)
     presence.start()
     _presence.append(presence)
 
@@ -236,6 +238,11 @@ def _on_leaving(**_: object) -> None:
     timer = threading.Timer(grace_s, _cut_off)
     timer.daemon = True
     timer.start()
+
+
+@signals.worker_shutdown.connect
+def _on_shutdown(**_: object) -> None:
+    _core.leave()
 
 
 def _cut_off() -> None:

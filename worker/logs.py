@@ -17,11 +17,11 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from logging import StreamHandler
 from pathlib import Path
-from typing import Any, TextIO, assert_never, cast
+from typing import Any, ClassVar, TextIO, assert_never
 
 import structlog
 from structlog.typing import EventDict, Processor
@@ -45,7 +45,9 @@ _timestamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
 def configure(level: int | str = logging.INFO, logfile: str | None = None) -> None:
     """Sends all of this process's lines to stderr or `logfile`: structlog's, logging's, warnings, uncaught errors."""
     handler = logging.FileHandler(logfile, encoding="utf-8") if logfile else logging.StreamHandler()
-    handler.setFormatter(formatter(is_terminal=logfile is None and sys.stderr.isatty()))
+    is_terminal = logfile is None and sys.stderr.isatty()
+    handler.setFormatter(formatter(is_terminal=is_terminal))
+    _Lines.render = staticmethod(_renderer(is_terminal=is_terminal))
     handler.addFilter(without_values)
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -61,7 +63,7 @@ def configure(level: int | str = logging.INFO, logfile: str | None = None) -> No
             _timestamp,
             _types_and_frames,
             _in_order,
-            _renderer(is_terminal=logfile is None and sys.stderr.isatty()),
+            _as_argument,
         ],
         logger_factory=_Lines,
         wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
@@ -70,21 +72,32 @@ def configure(level: int | str = logging.INFO, logfile: str | None = None) -> No
     _catch_strays()
 
 
+def _as_argument(_: object, __: str, entry: EventDict) -> tuple[tuple[EventDict], dict[str, Any]]:
+    """For `_Lines`, which renders: whoever logs must not meet an error of that."""
+    return (entry,), {}
+
+
 class _Lines:
     """What our own events are written with: the root logger's handler, without a record of logging's for each.
 
     A record is looked at, copied and formatted as if it were somebody else's; that was half of what a line cost.
     """
 
+    #: Set by `configure`, also for loggers that were used before.
+    render: ClassVar[Callable[[Any, str, EventDict], Any]]
+
     def __init__(self, *_: object) -> None:
         self._root = logging.getLogger()
 
-    def write(self, line: str) -> None:
-        """One line, at once; one that cannot be written stops nothing."""
-        for handler in self._root.handlers:
-            with cast(threading.RLock, handler.lock), suppress(OSError, ValueError):
-                cast(StreamHandler[TextIO], handler).stream.write(f"{line}\n")
-                handler.flush()
+    def write(self, entry: EventDict) -> None:
+        """One line, at once; one that cannot be rendered or written stops nothing, as with logging's handlers."""
+        with suppress(Exception):
+            line = f"{_Lines.render(None, '', entry)}\n"
+            for handler in self._root.handlers:
+                if isinstance(handler, StreamHandler) and handler.lock:
+                    with handler.lock:
+                        handler.stream.write(line)
+                        handler.flush()
 
     debug = info = warning = error = critical = write
 
@@ -151,7 +164,7 @@ def _type_name(value: object) -> str:
 
 
 #: `json.dumps` with a default would make one for each line.
-_json = json.JSONEncoder(default=_type_name)
+_json = json.JSONEncoder(default=_type_name, skipkeys=True)
 
 
 def _as_json(_: object, __: str, entry: EventDict) -> str:

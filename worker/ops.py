@@ -492,7 +492,8 @@ def actor() -> str:
     except (KeyError, OSError):  # a container's user without a name
         user = str(os.getuid())
     behind = os.environ.get("SUDO_USER")
-    return f"{user}@{socket.gethostname()}" + (f" sudo {behind}" if behind else "")
+    actor = f"{user}@{socket.gethostname()}" + (f" sudo {behind}" if behind else "")
+    return actor.encode(errors="replace").decode()  # the environment's bytes need be no text
 
 
 @dataclass(frozen=True, slots=True)

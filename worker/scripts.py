@@ -1,7 +1,7 @@
 """Run the timetable's Lua scripts, on connections that are kept for them.
 
     run ─▶ a free lane ─▶ EVALSHA, reply ─▶ the lane is free again
-              └─ broken: closed, and the call repeated on a new connection, as often as the client's `retry` says
+              └─ broken: connected anew, and asked once more; broken again: given up, and made anew by the next one
 
 Half of what redis-py's client spends on a script goes to other things: its pool looks at a connection before and after
 each use, with six calls to the system, and it keeps statistics that nobody reads. So a script talks to a connection
@@ -11,17 +11,20 @@ itself, as kombu does. Every script answers a repeated call as it answered the f
 from __future__ import annotations
 
 import os
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import sha1
 from importlib import resources
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import redis
 
 #: Scripts that a process runs at once: a thousand threads that wait for their banks share these connections.
 LANES = 16
+#: Seconds that a script waits for one of them: as long as for a connection of the client's pool.
+LANE_PATIENCE_S = 10
+
+Lanes = SimpleQueue[redis.Connection | None]
 
 
 @lru_cache
@@ -31,28 +34,26 @@ def script_text(name: str) -> str:
     return "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("shared", name))
 
 
-Lanes = SimpleQueue[redis.Connection | None]
-
-_lanes: WeakKeyDictionary[redis.ConnectionPool, Lanes] = WeakKeyDictionary()
-
-
 def lanes_of(pool: redis.ConnectionPool) -> Lanes:
-    """The free ones; None for one that has no connection yet. They end with the pool's connections."""
-    lanes = _lanes.get(pool)
+    """The free ones of this process, None for one that is to be connected; at most half of what the pool may have.
+
+    They stand on the pool, and go with it. A child begins with none: its parent's are the parent's.
+    """
+    name = f"lanes of process {os.getpid()}"
+    lanes: Lanes | None = vars(pool).get(name)
     if lanes is None:
         made: Lanes = SimpleQueue()
-        for _ in range(LANES):
+        for _ in range(max(1, min(LANES, pool.max_connections // 2))):
             made.put(None)
-        lanes = _lanes.setdefault(pool, made)
+        lanes = vars(pool).setdefault(name, made)
     return lanes
 
 
 class Scripts:
-    """The scripts by their names, over connections of this client's pool, which must have more than `LANES`."""
+    """The scripts by their names, over connections of this client's pool."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._pool = client.connection_pool
-        self._free = lanes_of(self._pool)
         self._scripts: dict[str, tuple[str, str]] = {}
 
     def run(self, name: str, *args: str | int) -> Any:
@@ -60,26 +61,48 @@ class Scripts:
         if name not in self._scripts:
             text = script_text(name)
             self._scripts[name] = text, sha1(text.encode(), usedforsecurity=False).hexdigest()
-        lane = self._free.get()
+        return self._run_on_lane(*self._scripts[name], *map(_raw, args))
+
+    def _run_on_lane(self, text: str, sha: str, *args: bytes | int) -> Any:
+        free = lanes_of(self._pool)
         try:
-            if lane is None or lane.pid != os.getpid():  # after a fork it is the parent's
+            lane = free.get(timeout=LANE_PATIENCE_S)
+        except Empty:
+            raise redis.ConnectionError("every connection for scripts is in use") from None
+        clean = None  # until a whole reply was read: one that is still to come must not be read as the next script's
+        try:
+            if lane is None:
                 lane = self._pool.get_connection()
-            return _run_on(lane, *self._scripts[name], *args)
+            result = _ask(lane, text, sha, *args)
+            clean = lane
+        except redis.ResponseError:
+            clean = lane
+            raise
+        else:
+            return result
         finally:
-            self._free.put(lane)
+            free.put(clean)
+            if lane is not None and clean is None:
+                _give_up(self._pool, lane)
 
 
-def _run_on(lane: Any, text: str, sha: str, *args: str | int) -> Any:
-    try:
-        return lane.retry.call_with_retry(partial(_evaluate, lane, text, sha, *args), lambda _: lane.disconnect())
-    except redis.ResponseError:
-        raise
-    except BaseException:
-        lane.disconnect()  # a reply that is still to come must not be read as the next script's
-        raise
+def _give_up(pool: redis.ConnectionPool, lane: Any) -> None:
+    """Back to the pool, which connects it anew: to another server, where a Sentinel says so."""
+    lane.disconnect()
+    pool.release(lane)
 
 
-def _evaluate(lane: Any, text: str, sha: str, *args: str | int) -> Any:
+def _ask(lane: Any, text: str, sha: str, *args: bytes | int) -> Any:
+    if lane.is_connected:
+        try:
+            return _evaluate(lane, text, sha, *args)
+        except (redis.ConnectionError, redis.TimeoutError):
+            lane.disconnect()
+    lane.connect()  # with the retries of its client
+    return _evaluate(lane, text, sha, *args)
+
+
+def _evaluate(lane: Any, text: str, sha: str, *args: bytes | int) -> Any:
     try:
         return _call(lane, "EVALSHA", sha, 0, *args)
     except redis.exceptions.NoScriptError:  # a server that was started again, or is another one
@@ -87,6 +110,11 @@ def _evaluate(lane: Any, text: str, sha: str, *args: str | int) -> Any:
         return _call(lane, "EVALSHA", sha, 0, *args)
 
 
-def _call(lane: Any, *command: str | int) -> Any:
+def _call(lane: Any, *command: str | bytes | int) -> Any:
     lane.send_command(*command)
     return lane.read_response()
+
+
+def _raw(value: str | bytes | int) -> bytes | int:
+    """As bytes: what is no text cannot be sent as one by redis-py's C parser."""
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value

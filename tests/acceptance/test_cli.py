@@ -215,6 +215,12 @@ def test_orders_are_done_or_refused_with_the_reason_and_exit_1(cli: Cli) -> None
     assert cli("pause", status=2).endswith("Error: name accounts, or say --all\n")
 
 
+def test_a_name_or_a_user_that_is_no_text_makes_no_traceback(cli: Cli) -> None:
+    for command in ("pause", "accounts"):
+        assert "no such account" in cli.process(command, "acme\udcff", status=1)
+    cli.process("pause", "acme-operating", SUDO_USER="jos\udce9")
+
+
 def test_a_block_is_named_and_lifted(cli: Cli, world: World) -> None:
     world.block(world.start("acme-operating").token)
     assert "its login acme is blocked; after the fix: balances unblock acme" in cli("poll", "acme-payroll", status=1)

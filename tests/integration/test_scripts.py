@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 
 import pytest
 import redis
-from servers import ValkeyServer
+from redis.sentinel import Sentinel
+from servers import ValkeyServer, wait_until
 
 from worker import scripts
 from worker.scripts import LANES, Scripts
+from worker.store import LOOPBACK
 from worker.timetable import connect
 
 TEXTS = {
     "echo": "return ARGV[1]",
+    "write": "return redis.call('SET', 'written', ARGV[1]).ok",
     "fail": "return redis.error_reply('ERR wanted')",
     "slow": """
         local function now() local t = redis.call('TIME') return t[1] * 1000 + t[2] / 1000 end
@@ -141,3 +146,51 @@ assert lanes() == parents
 def test_a_child_makes_connections_of_its_own(valkey_server: ValkeyServer) -> None:
     run = subprocess.run([sys.executable, "-c", FORK, valkey_server.url], capture_output=True, text=True, timeout=30)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_lanes_leave_half_of_a_small_pool_to_others(valkey_server: ValkeyServer) -> None:
+    client = connect(f"{valkey_server.url}?max_connections=4")
+    runs = Scripts(client)
+    for number in range(3 * LANES):
+        assert runs.run("echo", number) == str(number)
+    assert len(lanes(client)) == 2
+    client.connection_pool.disconnect()
+
+
+def test_lanes_go_with_their_pool(valkey_server: ValkeyServer, client: redis.Redis) -> None:
+    before = len(client.client_list())
+    use_all(Scripts(connect(valkey_server.url)))
+    gc.collect()
+    wait_until(lambda: len(client.client_list()) == before, 5, "connections that ended")
+
+
+def test_what_is_no_text_is_sent_as_its_bytes(client: redis.Redis) -> None:
+    assert (
+        Scripts(client).run("echo", b"acme\xff".decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        == b"acme\xff"
+    )
+
+
+def test_after_a_failover_scripts_follow_the_sentinel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Sentinel says is told here; the servers are real."""
+    with ValkeyServer(made(tmp_path / "one")) as one, ValkeyServer(made(tmp_path / "two")) as two:
+        master = [one]
+        monkeypatch.setattr(Sentinel, "discover_master", lambda *_: (LOOPBACK, master[0].port))
+        client = connect(f"sentinel://{LOOPBACK}:1/mymaster")
+        runs = Scripts(client)
+        use_all(runs)
+        master[0] = two
+        with one.client() as demoted:
+            demoted.replicaof(LOOPBACK, two.port)
+        assert [runs.run("write", number) for number in range(2 * LANES)] == ["OK"] * 2 * LANES
+        master[0] = one
+        with one.client() as promoted:
+            promoted.replicaof("NO", "ONE")
+        two.kill()
+        assert [runs.run("write", number) for number in range(2 * LANES)] == ["OK"] * 2 * LANES
+        client.connection_pool.disconnect()
+
+
+def made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from worker.affinity import CROWDED, Usage, better_core, busy_s
+from worker.affinity import CROWDED, OneCore, Usage, better_core, busy_s
 
 TICKS = os.sysconf("SC_CLK_TCK")
 STAT = f"""cpu  1 2 3 4 5 6 7 8 9 10
@@ -57,9 +57,11 @@ from worker.affinity import OneCore
 def allowed():
     return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
 
+everywhere = frozenset(os.sched_getaffinity(0))
 stopped = threading.Event()
 threading.Thread(target=stopped.wait).start()
 place = OneCore(chance=lambda: 0.0)
+place.settle()
 (first,) = allowed()
 threading.Thread(target=stopped.wait).start()
 assert allowed() == {first} and len(first) == 1, allowed()
@@ -72,6 +74,8 @@ try:
             break
     (second,) = allowed()
     print("moved" if second != first else "stayed")
+    place.leave()
+    print("left" if allowed() == {everywhere} else "kept")
 finally:
     neighbour.kill()
     stopped.set()
@@ -84,4 +88,31 @@ def test_all_threads_move_away_from_a_neighbour_that_never_rests() -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one core only")
     run = subprocess.run([sys.executable, "-c", CROWDED_PROCESS], capture_output=True, text=True, timeout=60)
-    assert (run.stdout, run.stderr) == ("moved\n", "")
+    assert (run.stdout, run.stderr) == ("moved\nleft\n", "")
+
+
+def on_many_cores(monkeypatch: pytest.MonkeyPatch, refuse: Exception) -> list[set[int]]:
+    """A system with three cores that puts nobody anywhere; where it was asked to."""
+    asked: list[set[int]] = []
+
+    def move(_: int, cores: set[int]) -> None:
+        asked.append(set(cores))
+        if len(cores) == 1:
+            raise refuse
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", move, raising=False)
+    return asked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process choose its core")
+def test_where_the_system_refuses_the_place_is_given_up_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a cpuset has shrunk (EINVAL), or a filter of system calls forbids it (EPERM)."""
+    asked = on_many_cores(monkeypatch, OSError(22, "Invalid argument"))
+    place = OneCore()
+    place.settle()
+    assert asked[-1] == {0, 1, 2}
+    before = len(asked)
+    place.look()
+    place.leave()
+    assert len(asked) == before, "there is no place any more"
