@@ -96,8 +96,8 @@ class OneCore:
         if self._core is None:
             return
         with self._giving_up():
-            used, self._used = Usage.now().since(self._used), Usage.now()
-            better = better_core(self._core, self._allowed, used)
+            before, self._used = self._used, Usage.now()
+            better = better_core(self._core, self._allowed, self._used.since(before))
             if better is not None and self._chance() < MOVES:
                 self._core = better
                 _move({better})
