@@ -10,8 +10,15 @@ import redis
 from schemas import validate_stream
 from servers import ValkeyServer
 
+from worker import store as worker_store
 from worker.errors import StoreUnavailable
 from worker.store import server_binary
+
+
+def pytest_configure() -> None:
+    """Each of pytest's processes has ports of its own: nobody takes the port of a server that another one killed."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    worker_store.PORTS = worker_store.PORTS[number :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
 
 
 @pytest.fixture(scope="session")

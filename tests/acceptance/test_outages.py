@@ -191,7 +191,12 @@ def until_polled(machine: Machine) -> None:
 
 
 def kept_tags(machine: Machine) -> dict[str, int]:
-    """What kombu still knows of delivered messages, as the worker tells by remote control."""
+    """What kombu still knows of delivered messages, as the worker tells by remote control.
+
+    A broadcast reaches whoever has subscribed by then, and a worker subscribes again only after it has connected again.
+    """
+    with machine.server.client() as client:
+        wait_until(lambda: client.pubsub_numpat() > 0, PATIENCE_S, "a worker that listens to remote control again")
     with Celery("test", broker=machine.server.url, set_as_current=False) as app:
         [[tags]] = [answer.values() for answer in app.control.broadcast("tags", reply=True, limit=1, timeout=10)]
     return dict(tags)
