@@ -5,6 +5,9 @@ lock to a thread on another core, which has to be woken and to fetch what it wor
 cost (docs/performance.md). So a worker stays on one of the cores that it may use, and every few seconds it moves where
 others crowd it and another core is idler. Many workers use many cores, as ever.
 
+A thread that gets its answer would also interrupt the one that has the lock, only to wait for it. So they are scheduled
+as a batch: who is woken runs when the one that runs waits, or has had its time. That halves the changes of thread.
+
 Does nothing where there is one core, or no Linux.
 """
 
@@ -89,7 +92,7 @@ class OneCore:
             with self._giving_up():
                 self._used = Usage.now()
                 self._core = random.choice(sorted(self._allowed))  # noqa: S311 - no secret
-                _move({self._core})
+                _place({self._core}, os.SCHED_BATCH)
 
     def look(self) -> None:
         """Moves, where others crowd this core and another one is idler."""
@@ -100,14 +103,14 @@ class OneCore:
             better = better_core(self._core, self._allowed, self._used.since(before))
             if better is not None and self._chance() < MOVES:
                 self._core = better
-                _move({better})
+                _place({better}, os.SCHED_BATCH)
 
     def leave(self) -> None:
         """Back to every core: what is started in this process's place, as after a SIGHUP, chooses anew."""
         if self._core is not None:
             self._core = None
             with suppress(OSError):
-                _move(self._allowed)
+                _place(self._allowed, os.SCHED_OTHER)
 
     @contextmanager
     def _giving_up(self) -> Iterator[None]:
@@ -117,11 +120,12 @@ class OneCore:
             self.leave()
 
 
-def _move(cores: AbstractSet[int]) -> None:
-    """All threads there are; those to come are put where the thread is that makes them."""
+def _place(cores: AbstractSet[int], policy: int) -> None:
+    """All threads there are; those to come are placed as the thread is that makes them."""
     moved: set[str] = set()
     while new := set(os.listdir("/proc/self/task")) - moved:
         for thread in new:
             with suppress(ProcessLookupError):  # it ended meanwhile
                 os.sched_setaffinity(int(thread), cores)
+                os.sched_setscheduler(int(thread), policy, os.sched_param(0))
         moved |= new

@@ -28,10 +28,11 @@ from worker import health, ops
 from worker.accounts import Accounts
 from worker.credentials import CredentialStore
 from worker.errors import KhipuFailure, Kind, StoreUnavailable
-from worker.khipu import KhipuClient, Reply
+from worker.khipu import KhipuClient
 from worker.server import Finding, compare_clocks
 from worker.settings import Settings, is_loopback
 from worker.timetable import ANSWERS, POLLS, Timetable, connect
+from worker.transport import Reply
 
 #: All of it is over within this.
 DEADLINE_S = 10.0

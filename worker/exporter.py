@@ -441,6 +441,7 @@ def main() -> None:
         make_app(client, settings.stream),
         host=settings.host,
         port=settings.exporter_port,
+        http="h11",
         ws="none",
         access_log=False,
         log_config=None,

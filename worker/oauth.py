@@ -23,7 +23,8 @@ from pydantic import SecretStr
 
 from worker.credentials import Credentials
 from worker.errors import KhipuFailure, Kind, Outcome
-from worker.khipu import HEADER_VALUE, KhipuClient, Reply, kind_of, retry_after
+from worker.khipu import HEADER_VALUE, KhipuClient, kind_of, retry_after
+from worker.transport import Reply
 
 #: Seconds for one request for a token, at most: it is taken from the time for the balances.
 REQUEST_LIMIT_S = 30.0
@@ -150,7 +151,7 @@ def _read(body: bytes) -> tuple[SecretStr, int] | Outcome:
 
 def _refusal(reply: Reply) -> Outcome:
     """An HTTP error of the token's server."""
-    wait = retry_after(reply.headers.get("Retry-After", ""), datetime.now(UTC))
+    wait = retry_after(reply.headers.get("retry-after", ""), datetime.now(UTC))
     refusal = Outcome(kind_of(reply.status), f"HTTP_{reply.status}", description="HTTP error", retry_after=wait)
     if 400 <= reply.status < 500:
         try:

@@ -3,20 +3,23 @@
     run ─▶ a free lane ─▶ EVALSHA, reply ─▶ the lane is free again
               └─ broken: connected anew, and asked once more; broken again: given up, and made anew by the next one
 
-Half of what redis-py's client spends on a script goes to other things: its pool looks at a connection before and after
-each use, with six calls to the system, and it keeps statistics that nobody reads. So a script talks to a connection
-itself, as kombu does. Every script answers a repeated call as it answered the first, or refuses it.
+Most of what redis-py's client spends on a script goes to other things: its pool looks at a connection before and after
+each use, with six calls to the system, it keeps statistics that nobody reads, and it encodes argument by argument. So
+hiredis packs a script's call at once, which then talks to a connection itself, as kombu does. Every script answers a
+repeated call as it answered the first, or refuses it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import sha1
 from importlib import resources
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import hiredis
 import redis
 
 #: Scripts that a process runs at once: a thousand threads that wait for their banks share these connections.
@@ -61,9 +64,10 @@ class Scripts:
         if name not in self._scripts:
             text = script_text(name)
             self._scripts[name] = text, sha1(text.encode(), usedforsecurity=False).hexdigest()
-        return self._run_on_lane(*self._scripts[name], *map(_raw, args))
+        text, sha = self._scripts[name]
+        return self._run_on_lane(text, _packed("EVALSHA", sha, 0, *args))
 
-    def _run_on_lane(self, text: str, sha: str, *args: bytes | int) -> Any:
+    def _run_on_lane(self, text: str, call: bytes) -> Any:
         free = lanes_of(self._pool)
         try:
             lane = free.get(timeout=LANE_PATIENCE_S)
@@ -73,7 +77,7 @@ class Scripts:
         try:
             if lane is None:
                 lane = self._pool.get_connection()
-            result = _ask(lane, text, sha, *args)
+            result = _ask(lane, text, call)
             clean = lane
         except redis.ResponseError:
             clean = lane
@@ -92,29 +96,39 @@ def _give_up(pool: redis.ConnectionPool, lane: Any) -> None:
     pool.release(lane)
 
 
-def _ask(lane: Any, text: str, sha: str, *args: bytes | int) -> Any:
+def _ask(lane: Any, text: str, call: bytes) -> Any:
     if lane.is_connected:
         try:
-            return _evaluate(lane, text, sha, *args)
+            return _evaluate(lane, text, call)
         except (redis.ConnectionError, redis.TimeoutError):
             lane.disconnect()
     lane.connect()  # with the retries of its client
-    return _evaluate(lane, text, sha, *args)
+    return _evaluate(lane, text, call)
 
 
-def _evaluate(lane: Any, text: str, sha: str, *args: bytes | int) -> Any:
+def _evaluate(lane: Any, text: str, call: bytes) -> Any:
+    """`call` evaluates the script `text`, by its digest."""
     try:
-        return _call(lane, "EVALSHA", sha, 0, *args)
+        return _reply(lane, call)
     except redis.exceptions.NoScriptError:  # a server that was started again, or is another one
-        _call(lane, "SCRIPT", "LOAD", text)
-        return _call(lane, "EVALSHA", sha, 0, *args)
+        _reply(lane, _packed("SCRIPT", "LOAD", text))
+        return _reply(lane, call)
 
 
-def _call(lane: Any, *command: str | bytes | int) -> Any:
-    lane.send_command(*command)
+def _reply(lane: Any, command: bytes) -> Any:
+    lane.send_packed_command([command])
     return lane.read_response()
 
 
-def _raw(value: str | bytes | int) -> bytes | int:
-    """As bytes: what is no text cannot be sent as one by redis-py's C parser."""
-    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+#: What it is declared to take is a tuple of one.
+_pack: Callable[[tuple[str | bytes | int, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+
+
+def _packed(*command: str | int) -> bytes:
+    """As it goes to the server. Text that is no UTF-8, as from somebody's argument, goes as the bytes that it was."""
+    try:
+        return _pack(command)
+    except UnicodeEncodeError:
+        return _pack(
+            tuple(part.encode(errors="surrogateescape") if isinstance(part, str) else part for part in command)
+        )

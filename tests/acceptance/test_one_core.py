@@ -21,19 +21,21 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         yield machine
 
 
-def cores(process: Process) -> set[frozenset[int]]:
-    """Where each of its threads may run."""
-    return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir(f"/proc/{process.pid}/task")}
+def places(process: Process) -> set[tuple[frozenset[int], int]]:
+    """Where each of its threads may run, and how it is scheduled."""
+    threads = map(int, os.listdir(f"/proc/{process.pid}/task"))
+    return {(frozenset(os.sched_getaffinity(thread)), os.sched_getscheduler(thread)) for thread in threads}
 
 
-def test_every_thread_of_a_worker_is_on_one_core_those_that_poll_too(machine: Machine) -> None:
+def test_every_thread_of_a_worker_is_on_one_core_and_interrupts_no_other(machine: Machine) -> None:
     worker = machine.worker()
     machine.beat()
     machine.kick("acme")
     machine.until_entries("acme", 1)
-    (core,) = cores(worker)
-    assert len(core) == 1
+    [(core, policy)] = places(worker)
+    assert (len(core), policy) == (1, os.SCHED_BATCH)
 
 
 def test_a_pool_of_processes_may_use_every_core(machine: Machine) -> None:
-    assert cores(machine.worker("worker", "-P", "processes", "-c", "2")) == {frozenset(os.sched_getaffinity(0))}
+    worker = machine.worker("worker", "-P", "processes", "-c", "2")
+    assert places(worker) == {(frozenset(os.sched_getaffinity(0)), os.SCHED_OTHER)}

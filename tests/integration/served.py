@@ -17,7 +17,7 @@ from worker.store import LOOPBACK, free_port
 def served(app: Starlette) -> Iterator[str]:
     """The app's base address, while it is served."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, host=LOOPBACK, port=port, ws="none", log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, host=LOOPBACK, port=port, http="h11", ws="none", log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

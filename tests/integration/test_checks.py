@@ -27,12 +27,13 @@ from worker.accounts import load_accounts
 from worker.clock import Jump
 from worker.credentials import CredentialStore
 from worker.health import WEBHOOK_IS_WELL
-from worker.khipu import KhipuClient, resolve
+from worker.khipu import KhipuClient
 from worker.sandbox import sandbox_secrets
 from worker.server import Finding
 from worker.settings import Settings, load_settings
 from worker.store import LOOPBACK, free_port
 from worker.timetable import Timetable
+from worker.transport import resolve
 
 STREAM = "balances"
 CANARY = "canary-password"

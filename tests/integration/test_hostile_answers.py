@@ -22,8 +22,8 @@ from structlog.testing import capture_logs
 
 from worker.accounts import Retry as Ladders
 from worker.errors import Kind, Outcome
-from worker.khipu import BODY_LIMIT
 from worker.policy import Block, Counters, DeadLetter, Publish, Retry, decide
+from worker.transport import BODY_LIMIT
 
 NUMBER, TOKEN = "11887755", "canary-token"
 ACCOUNTS = """

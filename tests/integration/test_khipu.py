@@ -30,7 +30,8 @@ from worker.accounts import Definition
 from worker.balances import Accepted, Answer
 from worker.credentials import Credentials
 from worker.errors import KhipuFailure, Kind, Outcome
-from worker.khipu import BODY_LIMIT, Address, KhipuClient, resolve
+from worker.khipu import KhipuClient
+from worker.transport import BODY_LIMIT, Address, resolve
 
 #: Seconds for a request that is expected to run into its deadline.
 SHORT_S = 0.3
@@ -178,30 +179,17 @@ def test_a_key_that_fits_no_header_is_not_sent(scheme: Any, key: str) -> None:
     assert (outcome.kind, was_sent) == (Kind.UNAUTHORIZED, False)
 
 
-def test_the_environment_is_trusted_only_when_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither a proxy nor a .netrc, which would take the place of the token."""
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login canary password canary\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with Hostile(answering(200, OK)) as proxy, Hostile(answering(200, OK)) as server:
-        monkeypatch.setenv("http_proxy", proxy.url)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
         monkeypatch.setenv("no_proxy", "")
         fetch(server.url, credentials=BEARER)
-        assert (len(server.requests), len(proxy.requests)) == (1, 0)
-        fetch(server.url, credentials=BEARER, trust_env=True)
-        assert (len(server.requests), len(proxy.requests)) == (1, 1)
-    assert {request.headers["authorization"] for request in server.requests + proxy.requests} == {f"Bearer {KEY}"}
-    assert proxy.requests[0].line.startswith(f"POST {server.url}/v1/cl/")
-
-
-def test_the_deadline_holds_against_a_proxy_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def drip(peer: Peer) -> None:
-        assert peer.connection.recv(65536).startswith(b"CONNECT khipu.invalid:443 ")
-        peer.drip(head(200, {"X-Long": "x" * 1000}))
-
-    with Hostile(drip) as proxy:
-        monkeypatch.setenv("https_proxy", proxy.url)
-        with failing() as failures:
-            fetch("https://khipu.invalid", trust_env=True, deadline_s=SHORT_S)
-    assert (failures[0].outcome.kind, failures[0].sent) == (Kind.TIMEOUT, False)
+        assert (len(server.requests), proxy.connections) == (1, 0)
+    assert [request.headers["authorization"] for request in server.requests] == [f"Bearer {KEY}"]
 
 
 # --- answers
@@ -214,19 +202,42 @@ def test_an_answer() -> None:
     assert answer.payload()[0]["amount"] == "10000"
 
 
+def whole(reply: bytes) -> Script:
+    """Sends this, and waits for the client to close."""
+    return lambda peer: (peer.request(), peer.send(reply), peer.gone())  # type: ignore[func-returns-value]
+
+
+CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(OK), OK)
+
+
 @pytest.mark.parametrize(
     "script",
     [
         answering(200, gzip.compress(OK), Content_Encoding="gzip"),
         lambda peer: (peer.request(), peer.send(head(200) + OK)),
-        lambda peer: (
-            peer.request(),
-            peer.send(head(200, {"Transfer-Encoding": "chunked"}) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(OK), OK)),
-            peer.gone(),
-        ),
+        whole(head(200, {"Transfer-Encoding": "chunked"}) + CHUNKED),
         lambda peer: (peer.request(), peer.send(head(100) * 2 + head(200) + OK)),
+        lambda peer: (peer.request(), peer.send(head(103, {"Content-Length": "1"}) + head(200) + OK)),
+        whole(head(200, {"Transfer-Encoding": "chunked", "Content-Length": "1"}) + CHUNKED),
+        whole(head(200, {"Transfer-Encoding": "chunked"}) + CHUNKED[:-2] + b"Content-Encoding: gzip\r\n\r\n"),
+        whole(head(200, {"Content-Length": str(len(OK))}).replace(b"\r\n", b"\n") + OK),
+        whole(head(200, {"Content-Length": str(len(OK)), "Connection": "close"}) + OK + head(500)),
+        whole(head(200, {"Content-Length": str(len(OK))}) + OK + b"HTTP/1.1 nonsense"),
+        whole(b"HTTP/1.0 200\r\nX-Empty:\r\nContent-Length:%d\r\n\r\n%b" % (len(OK), OK)),
     ],
-    ids=["gzip", "until the end", "chunked", "after 100"],
+    ids=[
+        "gzip",
+        "until the end",
+        "chunked",
+        "after 100",
+        "after 103",
+        "chunked, with a length",
+        "a header after the chunks",
+        "lines that end as on Unix",
+        "another answer after the last one",
+        "nonsense after the answer",
+        "an old server",
+    ],
 )
 def test_an_answer_in_other_forms(script: Script) -> None:
     with Hostile(script) as server:
@@ -584,10 +595,26 @@ def test_the_next_address_is_tried_when_one_refuses() -> None:
         lambda peer: (peer.request(), peer.send(head(200, {"Content-Length": str(len(OK) + 1)}) + OK)),
         lambda peer: (peer.request(), peer.send(head(200, {"Transfer-Encoding": "chunked"}) + b"fff\r\nabc")),
         lambda peer: (peer.request(), peer.send(b"SSH-2.0-OpenSSH_9.2\r\n")),
+        whole(b"HTTP/1.1 200 OK\r\nno header\r\n\r\n"),
+        whole(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}"),
+        whole(head(101, {"Connection": "Upgrade", "Upgrade": "websocket"}) + OK),
+        whole(head(200, {"Transfer-Encoding": "chunked"}) + b"x\r\n\r\n"),
     ],
-    ids=["at once", "unanswered", "in the status", "in the headers", "in the body", "in a chunk", "no HTTP"],
+    ids=[
+        "at once",
+        "unanswered",
+        "in the status",
+        "in the headers",
+        "in the body",
+        "in a chunk",
+        "no HTTP",
+        "no header",
+        "two lengths",
+        "another protocol",
+        "no chunk",
+    ],
 )
-def test_a_connection_that_ends_too_early(script: Script) -> None:
+def test_a_connection_that_ends_too_early_or_speaks_no_http(script: Script) -> None:
     outcome, was_sent = outcome_of(script)
     assert (outcome.kind, outcome.code, outcome.description) == (Kind.CONNECTION, "CONNECTION", "the connection broke")
     assert was_sent

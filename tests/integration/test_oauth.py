@@ -21,9 +21,10 @@ from test_khipu import AT_ONCE_S, KEY, LONG_S, SHORT_S, answering, failing
 from worker import tasks
 from worker.credentials import Credentials
 from worker.errors import KhipuFailure, Kind
-from worker.khipu import BODY_LIMIT, KhipuClient
+from worker.khipu import KhipuClient
 from worker.lifecycle import unblock_with_new_secrets
 from worker.oauth import AccessToken, AccessTokens
+from worker.transport import BODY_LIMIT
 
 CLIENT = Credentials("client-credentials", SecretStr(f"{KEY} + %/é?"), client_id=SecretStr("canary-client:1"))
 NUMBER = "NUMBER-CANARY-1"

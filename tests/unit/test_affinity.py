@@ -49,42 +49,43 @@ def test_a_look_right_after_another_one_sees_nothing() -> None:
     assert better_core(0, frozenset({0, 1}), Usage(0.5, 0.0, {0: 0.5, 1: 0.0})) is None
 
 
-#: A process that keeps to one core, with a neighbour there that never rests; prints where its threads may run.
+def test_the_system_shows_the_cores_that_this_process_may_use() -> None:
+    if sys.platform != "linux":
+        pytest.skip("only Linux shows them in /proc/stat")
+    assert Usage.now().busy_s.keys() >= os.sched_getaffinity(0)
+
+
+#: A process that keeps to one core, and is told that others take all of it; prints where its threads may run.
 CROWDED_PROCESS = """
-import os, subprocess, sys, threading, time
-from worker.affinity import OneCore
+import os, threading
+from worker.affinity import OneCore, Usage
 
-def allowed():
-    return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
+def places():
+    threads = map(int, os.listdir("/proc/self/task"))
+    return {(frozenset(os.sched_getaffinity(thread)), os.sched_getscheduler(thread)) for thread in threads}
 
-everywhere = frozenset(os.sched_getaffinity(0))
+(before,) = places()
 stopped = threading.Event()
 threading.Thread(target=stopped.wait).start()
+Usage.now = lambda: Usage(0.0, 0.0, dict.fromkeys(os.sched_getaffinity(0), 0.0))
 place = OneCore(chance=lambda: 0.0)
 place.settle()
-(first,) = allowed()
+(first,) = places()
 threading.Thread(target=stopped.wait).start()
-assert allowed() == {first} and len(first) == 1, allowed()
-neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-try:
-    for _ in range(30):
-        time.sleep(1.1)
-        place.look()
-        if allowed() != {first}:
-            break
-    (second,) = allowed()
-    print("moved" if second != first else "stayed")
-    place.leave()
-    print("left" if allowed() == {everywhere} else "kept")
-finally:
-    neighbour.kill()
-    stopped.set()
+assert places() == {first} and len(first[0]) == 1, places()
+(core,) = first[0]
+Usage.now = lambda: Usage(10.0, 1.0, {**dict.fromkeys(before[0], 0.0), core: 10.0})
+place.look()
+(second,) = places()
+print("moved" if second[0] != first[0] and second[1] == first[1] else "stayed")
+place.leave()
+print("left" if places() == {before} else "kept")
+stopped.set()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process choose its core")
-def test_all_threads_move_away_from_a_neighbour_that_never_rests() -> None:
-    """The neighbour inherits the core, so it cannot be moved by the system."""
+def test_all_threads_move_away_from_who_never_rests() -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one core only")
     run = subprocess.run([sys.executable, "-c", CROWDED_PROCESS], capture_output=True, text=True, timeout=60)
