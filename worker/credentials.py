@@ -306,6 +306,8 @@ _COST = {"n": 2**14, "r": 8, "p": 1, "dklen": 16, "maxmem": 64 * 1024 * 1024}
 MAX_REMEMBERED = 65_536
 
 _remembered: dict[bytes, str] = {}
+#: `json.dumps` would make an encoder for each secret.
+_as_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 #: Held while scrypt runs: each secret is computed once, and a thousand threads do not take 16 GiB.
 _computing = threading.Lock()
 
@@ -322,7 +324,7 @@ def fingerprints(credentials: Credentials, salt: bytes) -> Fingerprints:
 
 
 def _canonical(domain: str, secret: JsonValue) -> SecretBytes:
-    return SecretBytes(f"{domain}:{json.dumps(secret, sort_keys=True, separators=(',', ':'))}".encode())
+    return SecretBytes(f"{domain}:{_as_json(secret)}".encode())
 
 
 def _fingerprint(content: SecretBytes, salt: bytes) -> str:

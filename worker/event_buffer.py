@@ -6,7 +6,6 @@ of what a poll cost. Which events are sent, remote control and heartbeats are as
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from celery import bootsteps
@@ -17,8 +16,22 @@ FLUSH_EVERY_S = 0.25
 LIMIT = 10_000
 
 
-def look_again() -> None:
-    """Does nothing. Celery's loop, which sleeps while all threads are busy, wakes for it and finds that one is free."""
+class Waker:
+    """Wakes Celery's loop, which sleeps while all threads are busy, to see that one is free: once, whoever else asks
+    before it has looked."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = hub
+        self._is_asked = False
+
+    def wake(self) -> None:
+        """From any thread. The loop looks at the threads after it has called `_look`, in the same turn."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._hub.call_soon(self._look)
+
+    def _look(self) -> None:
+        self._is_asked = False
 
 
 class EventBuffer(bootsteps.StartStopStep):
@@ -38,7 +51,7 @@ class EventBuffer(bootsteps.StartStopStep):
         if parent.event_dispatcher is not None:
             parent.event_dispatcher.buffer_limit = LIMIT
             # It woke for the flushes before; without a loop there is nobody to wake.
-            parent.event_dispatcher.on_send_buffered = partial(parent.hub.call_soon, look_again) if parent.hub else None
+            parent.event_dispatcher.on_send_buffered = Waker(parent.hub).wake if parent.hub else None
             self._flushing = parent.timer.call_repeatedly(FLUSH_EVERY_S, parent.event_dispatcher.flush)
 
     def stop(self, parent: Any) -> None:

@@ -37,6 +37,8 @@ HEADERS = {
     "Accept-Encoding": "gzip",
     "Content-Type": "application/json",
 }
+#: `json.dumps` would make an encoder for each request.
+_as_json = json.JSONEncoder(separators=(",", ":")).encode
 #: What may stand in a header without starting another one.
 HEADER_VALUE = re.compile(r"[\x21-\x7e]+")
 
@@ -139,7 +141,7 @@ def _body(definition: Definition, credentials: Credentials, callback_url: str | 
     envelope: dict[str, JsonValue] = {"RequestData": data}
     if callback_url is not None:
         envelope["CallbackUrl"] = callback_url
-    return json.dumps(envelope, separators=(",", ":")).encode()
+    return _as_json(envelope).encode()
 
 
 def never_shown(

@@ -61,6 +61,8 @@ STATE_VERSION = 1
 PURGE_BATCH = 500
 #: Entries of the audit trail that one call reads.
 AUDIT_BATCH = 200
+#: Accounts whose definition a process keeps as it read it: it comes with every poll, and is the same nearly every time.
+KNOWN_DEFINITIONS = 2_000
 #: What a worker offers to begin with in place of a credential that it does not have.
 MISSING = "missing"
 #: What redis-py raises for a server that is away, or does not work now.
@@ -76,6 +78,9 @@ _AWAY = (
 _PASSING = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY ", "WAITAOF")
 
 T = TypeVar("T")
+
+#: `json.dumps` would make an encoder for each text.
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,7 +494,7 @@ class Timetable:
 
     def settle(self, begun: Begun, event: Event) -> Settled | None:
         """Publishes the answer, once per operation, whatever its token says. None: it is another account's."""
-        data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
+        data = _as_json(event.data)
         definition = begun.definition
         next_ms = _next_slot_ms(definition, begun.now_ms, event.fetched_at_ms)
         result = self._run(
@@ -503,7 +508,7 @@ class Timetable:
             data.removesuffix("}"),
             event.fingerprint,
             next_ms,
-            definition.revision,
+            _revision(definition),
             schedule.interval_ms(definition, next_ms),
             "" if event.as_of_ms is None else event.as_of_ms,
             "drift" if event.has_drift else "",
@@ -1008,11 +1013,21 @@ def _read_begun(token: Token, row: Sequence[str]) -> Begun:
         now_ms=int(now_ms),
         lease_ms=int(lease_ms),
         generation=int(generation),
-        definition=Definition.model_validate_json(definition),
+        definition=_read_definition(definition),
         retry=_read_retry(retry),
         limits=_read_limits(limits),
         counters=Counters(int(tries), int(waits), int(losses), token.attempt, last, int(generic)),
     )
+
+
+@lru_cache(maxsize=KNOWN_DEFINITIONS)
+def _read_definition(text: str) -> Definition:
+    return Definition.model_validate_json(text)
+
+
+@lru_cache(maxsize=KNOWN_DEFINITIONS)
+def _revision(definition: Definition) -> str:
+    return definition.revision
 
 
 @lru_cache(maxsize=4)
@@ -1051,7 +1066,7 @@ def _read_unsettled(
         now_ms=int(answer["received_at"]),
         lease_ms=0,
         generation=int(answer["generation"]),
-        definition=Definition.model_validate_json(answer["definition"]),
+        definition=_read_definition(answer["definition"]),
         retry=_read_retry(retry or "{}"),
         limits=_read_limits(limits or "{}"),
         counters=Counters(

@@ -80,6 +80,16 @@ def test_a_task_that_ends_wakes_the_loop_which_may_take_another_message_now(work
     assert worker.sent() == []
 
 
+def test_a_loop_that_will_look_anyhow_is_not_woken_again(worker: Worker) -> None:
+    EventBuffer(worker).start(worker)
+    for turn in (1, 2):
+        for number in range(3):
+            worker.event_dispatcher.send("task-succeeded", uuid=number)
+        assert worker.hub.woken == turn
+        for callback in worker.hub._pop_ready():
+            callback()
+
+
 def test_a_worker_without_a_loop_needs_no_waking(worker: Worker) -> None:
     worker.hub = None  # type: ignore[assignment]
     EventBuffer(worker).start(worker)
