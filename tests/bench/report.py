@@ -47,7 +47,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def ratio(value: float, base: float) -> str:
-    return f"{value / base:.2f}×"
+    """With two decimals, or more where those would be nothing."""
+    share = value / base
+    return f"{share:.2f}×" if share >= 0.01 else f"{share:.1g}×"
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

@@ -163,6 +163,32 @@ def test_warnings_and_errors_that_nobody_caught_are_lines_too() -> None:
     assert written[2]["at"][-1].endswith("__del__")
 
 
+UNRENDERED = """
+import logging, sys
+import structlog
+from worker import logs
+log = structlog.get_logger()
+logs.configure()
+log.info("before")
+logs.configure(logfile=sys.argv[1])
+ring = []
+ring.append(ring)
+log.info("a ring", ring=ring)
+log.info("after")
+logging.getLogger().setLevel(logging.WARNING)
+log.info("not wanted")
+"""
+
+
+def test_a_line_that_cannot_be_rendered_stops_nobody_and_a_logger_follows_its_configuration(tmp_path: Path) -> None:
+    """Used before or not: a worker's loggers are made at import, and Celery configures logging after that."""
+    path = tmp_path / "log"
+    done = subprocess.run([sys.executable, "-c", UNRENDERED, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["before"]
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["after"]
+
+
 def test_on_a_terminal_it_reads_well() -> None:
     program = """
 import logging
