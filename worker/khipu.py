@@ -236,6 +236,6 @@ def retry_after(value: str, now: datetime) -> timedelta | None:
         return timedelta(seconds=int(value))
     try:
         moment = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for a year or an offset of twenty digits
         return None
     return max(moment.replace(tzinfo=moment.tzinfo or UTC) - now, timedelta()) or None

@@ -94,10 +94,10 @@ class Transport:
         the request may have gone out.
         """
         attempt = _Attempt(deadline_s, self._resolver)
-        target = _target(request.url or "")
         keep = False
-        _watchdog.watch(attempt)
         try:
+            _watchdog.watch(attempt)
+            target = _target(request.url or "")
             connection = self._connection(target, attempt)
             reply, keep = connection.exchange(_head(request, target) + _body(request), attempt)
         except KhipuFailure as failure:
@@ -120,17 +120,15 @@ class Transport:
         Returns when its certificate ends, None for plain http. Raises KhipuFailure: CONNECTION or TIMEOUT.
         """
         attempt = _Attempt(deadline_s, self._resolver)
-        connection = _Connection(_target(url).site, self._tls)
-        _watchdog.watch(attempt)
         try:
-            connection.open(attempt)
-            return connection.certificate_end()
+            _watchdog.watch(attempt)
+            return self._connection(_target(url), attempt).certificate_end()
         except TROUBLE as error:
             raise KhipuFailure(_broken(error, attempt)) from error
         finally:
             _watchdog.forget(attempt)
             attempt.release()
-            connection.close()
+            self.close()
 
     def close(self) -> None:
         """Close this thread's connection: the next request opens another one."""
@@ -195,15 +193,15 @@ def _body(request: requests.PreparedRequest) -> bytes:
 class _Connection:
     """One connection to one host. Whoever closes it has let go of it first: an attempt must not cut another's."""
 
+    socket: socket.socket
+
     def __init__(self, site: _Site, tls: ssl.SSLContext) -> None:
         self.site = site
-        self.socket = socket.socket()  # until there is a connection
         self._tls = tls
         self._incoming = select.poll()
 
     def open(self, attempt: _Attempt) -> None:
         """Raises OSError and ValueError."""
-        self.socket.close()
         self.socket = attempt.connect(self.site.host, self.site.port)
         if self.site.scheme == "https":
             # The handshake comes after the attempt knows the new socket: it may be waited for until the deadline.
@@ -243,7 +241,8 @@ class _Connection:
         return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
 
     def close(self) -> None:
-        self.socket.close()
+        if hasattr(self, "socket"):
+            self.socket.close()
 
     def __del__(self) -> None:
         """A thread that ends takes its connection along."""
@@ -282,7 +281,7 @@ class _Incoming:
         self._head_size += 0 if self.is_head_complete else len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self.is_complete:
                 raise
             self.may_another_follow = False  # it came after the reply
@@ -292,7 +291,7 @@ class _Incoming:
             raise ConnectionError
 
     def _end(self, attempt: _Attempt) -> None:
-        is_framed = "content-length" in self.headers or "transfer-encoding" in self.headers
+        is_framed = "content-length" in self.headers or "chunked" in self.headers.get("transfer-encoding", "").lower()
         if not self.is_head_complete or is_framed or attempt.over or not self.body:
             raise ConnectionError  # a body without a length ends here: this one was cut, or never began
         self.is_complete = True
@@ -318,7 +317,7 @@ class _Incoming:
     def on_message_complete(self) -> None:
         if self.is_complete:
             return
-        if self.status < HTTPStatus.OK:  # a provisional answer: the one that counts is still to come
+        if HTTPStatus.CONTINUE <= self.status < HTTPStatus.OK:  # provisional: what counts is still to come
             self.is_head_complete = False
             self.headers.clear()
         else:
@@ -397,19 +396,25 @@ class _Attempt:
             raise NotConnected from error
         failure: OSError = OSError("no address")
         for family, kind, protocol, _, address in addresses:
-            connection = socket.socket(family, kind, protocol)
             try:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.settimeout(self.patience(CONNECT_LIMIT_S))
-                connection.connect(address)
-                connection.settimeout(self.patience())
+                connection = self._connect(socket.socket(family, kind, protocol), address)
             except OSError as error:
-                connection.close()
                 failure = error
             else:
                 self.guard(connection)
                 return connection
         raise NotConnected from failure
+
+    def _connect(self, connection: socket.socket, address: Any) -> socket.socket:
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(self.patience(CONNECT_LIMIT_S))
+            connection.connect(address)
+            connection.settimeout(self.patience())
+        except OSError:
+            connection.close()
+            raise
+        return connection
 
     def guard(self, connection: socket.socket) -> None:
         """Cut `connection` at the deadline, unless `release` is called before."""

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import queue
+import resource
 import socket
 import ssl
 import threading
@@ -207,6 +208,7 @@ def whole(reply: bytes) -> Script:
     return lambda peer: (peer.request(), peer.send(reply), peer.gone())  # type: ignore[func-returns-value]
 
 
+UPGRADE = head(101, {"Connection": "Upgrade", "Upgrade": "websocket"})
 CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(OK), OK)
 
 
@@ -223,6 +225,8 @@ CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(OK), OK)
         whole(head(200, {"Content-Length": str(len(OK))}).replace(b"\r\n", b"\n") + OK),
         whole(head(200, {"Content-Length": str(len(OK)), "Connection": "close"}) + OK + head(500)),
         whole(head(200, {"Content-Length": str(len(OK))}) + OK + b"HTTP/1.1 nonsense"),
+        whole(head(200, {"Content-Length": str(len(OK))}) + OK + UPGRADE),
+        lambda peer: (peer.request(), peer.send(head(200, {"Transfer-Encoding": "identity"}) + OK)),
         whole(b"HTTP/1.0 200\r\nX-Empty:\r\nContent-Length:%d\r\n\r\n%b" % (len(OK), OK)),
     ],
     ids=[
@@ -236,6 +240,8 @@ CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(OK), OK)
         "lines that end as on Unix",
         "another answer after the last one",
         "nonsense after the answer",
+        "another protocol after the answer",
+        "until the end, and said so",
         "an old server",
     ],
 )
@@ -375,6 +381,12 @@ def test_retry_after_as_a_date() -> None:
     assert timedelta(minutes=59) < outcome.retry_after <= timedelta(hours=1)
     outcome, _ = outcome_of(answering(503, Retry_After=format_datetime(now - timedelta(hours=1), usegmt=True)))
     assert outcome.retry_after is None
+
+
+@pytest.mark.parametrize("value", [f"Mon, 20 Nov {'9' * 20} 19:12:08 GMT", f"Mon, 20 Nov 1995 19:12:08 +{'9' * 20}"])
+def test_a_retry_after_that_no_calendar_holds_asks_for_nothing(value: str) -> None:
+    outcome, was_sent = outcome_of(answering(429, Retry_After=value))
+    assert (outcome.kind, outcome.retry_after, was_sent) == (Kind.THROTTLED, None, True)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -597,7 +609,7 @@ def test_the_next_address_is_tried_when_one_refuses() -> None:
         lambda peer: (peer.request(), peer.send(b"SSH-2.0-OpenSSH_9.2\r\n")),
         whole(b"HTTP/1.1 200 OK\r\nno header\r\n\r\n"),
         whole(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}"),
-        whole(head(101, {"Connection": "Upgrade", "Upgrade": "websocket"}) + OK),
+        whole(UPGRADE + OK),
         whole(head(200, {"Transfer-Encoding": "chunked"}) + b"x\r\n\r\n"),
     ],
     ids=[
@@ -729,6 +741,33 @@ def test_a_connection_closed_while_the_second_request_is_written_is_not_replaced
             client.fetch(DEFINITION, API_KEY, deadline_s=LONG_S)
     assert (failures[0].outcome.kind, failures[0].sent) == (Kind.CONNECTION, True)
     assert (server.connections, len(server.requests)) == (1, 2)
+
+
+def test_what_is_no_address_breaks_an_attempt_and_nothing_else() -> None:
+    with Hostile(answering(200, OK)) as server:
+        strange = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "", "/nowhere")
+        assert fetch(server.url, resolver=lambda host, port: [strange, *resolve(host, port)])
+    for url in ("http://127.0.0.1:99999", "http://[::1"):
+        with pytest.raises(KhipuFailure) as caught:
+            KhipuClient(server.url).reach(url, deadline_s=LONG_S)
+        assert caught.value.outcome.kind is Kind.CONNECTION
+
+
+def test_without_a_free_descriptor_nothing_is_sent() -> None:
+    with Hostile(answering(200, OK)) as server:
+        client = KhipuClient(server.url)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with failing() as failures:
+                client.fetch(DEFINITION, API_KEY, deadline_s=LONG_S)
+            assert (failures[0].outcome.kind, failures[0].sent) == (Kind.CONNECTION, False)
+            with pytest.raises(KhipuFailure):
+                client.reach(server.url, deadline_s=LONG_S)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert client.fetch(DEFINITION, API_KEY, deadline_s=LONG_S)
+    assert len(server.requests) == 1
 
 
 def test_an_attempt_leaves_no_open_file_behind() -> None:
