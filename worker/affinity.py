@@ -84,6 +84,7 @@ class OneCore:
     def __init__(self, chance: Callable[[], float] = random.random) -> None:
         self._chance = chance
         self._allowed = frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else frozenset()
+        self._policy = os.sched_getscheduler(0) if sys.platform == "linux" else 0
         self._core: int | None = None
 
     def settle(self) -> None:
@@ -92,7 +93,7 @@ class OneCore:
             with self._giving_up():
                 self._used = Usage.now()
                 self._core = random.choice(sorted(self._allowed))  # noqa: S311 - no secret
-                _place({self._core}, os.SCHED_BATCH)
+                _place({self._core})
 
     def look(self) -> None:
         """Moves, where others crowd this core and another one is idler."""
@@ -103,14 +104,17 @@ class OneCore:
             better = better_core(self._core, self._allowed, self._used.since(before))
             if better is not None and self._chance() < MOVES:
                 self._core = better
-                _place({better}, os.SCHED_BATCH)
+                _place({better})
 
     def leave(self) -> None:
         """Back to every core: what is started in this process's place, as after a SIGHUP, chooses anew."""
         if self._core is not None:
             self._core = None
-            with suppress(OSError):
-                _place(self._allowed, os.SCHED_OTHER)
+            for thread in _threads():
+                with suppress(OSError):
+                    os.sched_setaffinity(thread, self._allowed)
+                with suppress(OSError):
+                    os.sched_setscheduler(thread, self._policy, os.sched_param(0))
 
     @contextmanager
     def _giving_up(self) -> Iterator[None]:
@@ -120,12 +124,17 @@ class OneCore:
             self.leave()
 
 
-def _place(cores: AbstractSet[int], policy: int) -> None:
+def _place(cores: AbstractSet[int]) -> None:
     """All threads there are; those to come are placed as the thread is that makes them."""
-    moved: set[str] = set()
-    while new := set(os.listdir("/proc/self/task")) - moved:
-        for thread in new:
-            with suppress(ProcessLookupError):  # it ended meanwhile
-                os.sched_setaffinity(int(thread), cores)
-                os.sched_setscheduler(int(thread), policy, os.sched_param(0))
-        moved |= new
+    for thread in _threads():
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.sched_setaffinity(thread, cores)
+            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _threads() -> Iterator[int]:
+    """This process's threads, and those that they make meanwhile."""
+    known: set[str] = set()
+    while new := set(os.listdir("/proc/self/task")) - known:
+        yield from map(int, new)
+        known |= new

@@ -36,6 +36,8 @@ from worker.errors import KhipuFailure, Kind, Outcome
 BODY_LIMIT = 1024 * 1024
 #: Bytes of status and headers, provisional answers (100) before them included.
 HEAD_LIMIT = 64 * 1024
+#: Bytes of a whole reply: what frames its chunks and what follows them may be more than the body, within reason.
+REPLY_LIMIT = HEAD_LIMIT + 8 * BODY_LIMIT
 READ_SIZE = 64 * 1024
 #: Seconds for one address to accept a connection; what takes longer has dropped the packets, and the next may not.
 CONNECT_LIMIT_S = 10.0
@@ -99,7 +101,8 @@ class Transport:
             _watchdog.watch(attempt)
             target = _target(request.url or "")
             connection = self._connection(target, attempt)
-            reply, keep = connection.exchange(_head(request, target) + _body(request), attempt)
+            connection.send(_head(request, target) + _body(request), attempt)
+            reply, keep = connection.receive(attempt)
         except KhipuFailure as failure:
             outcome = failure.outcome
         except TROUBLE as error:
@@ -206,27 +209,32 @@ class _Connection:
         if self.site.scheme == "https":
             # The handshake comes after the attempt knows the new socket: it may be waited for until the deadline.
             self.socket = self._tls.wrap_socket(
-                self.socket, server_hostname=self.site.host, do_handshake_on_connect=False
+                self.socket, server_hostname=self.site.host.rstrip("."), do_handshake_on_connect=False
             )
             attempt.guard(self.socket)
             self.socket.do_handshake()
         self._incoming.register(self.socket, select.POLLIN)
 
-    def exchange(self, message: bytes, attempt: _Attempt) -> tuple[Reply, bool]:
-        """The reply, and whether the connection may serve another request. Raises `TROUBLE` and KhipuFailure."""
+    def send(self, message: bytes, attempt: _Attempt) -> None:
+        """Raises OSError."""
         self.socket.settimeout(attempt.patience())
         attempt.sent = True
         self.socket.sendall(message)
+
+    def receive(self, attempt: _Attempt) -> tuple[Reply, bool]:
+        """The reply, and whether the connection may serve another request. Raises `TROUBLE` and KhipuFailure."""
         incoming = _Incoming()
         try:
             while not incoming.is_complete:
                 incoming.feed(self.socket.recv(READ_SIZE), attempt)
             content = _inflated(bytes(incoming.body), incoming.headers.get("content-encoding", ""))
         except (KhipuFailure, *TROUBLE):
-            # A status that says enough: a refused key is no time-out, however its body ends.
-            if not incoming.is_head_complete or incoming.status in {HTTPStatus.OK, HTTPStatus.ACCEPTED}:
+            # A status that says enough: a refused key is no time-out and no broken connection, whatever comes after it.
+            if incoming.status < HTTPStatus.OK or incoming.status in {HTTPStatus.OK, HTTPStatus.ACCEPTED}:
                 raise
             return Reply(incoming.status, incoming.headers, None), False
+        finally:
+            incoming.end()
         return Reply(incoming.status, incoming.headers, content), incoming.may_another_follow
 
     def is_idle(self) -> bool:
@@ -263,7 +271,7 @@ class _Incoming:
         self.is_complete = False
         #: Whether the connection may serve another request: it is kept open, and nothing came after the reply.
         self.may_another_follow = False
-        self._head_size = 0
+        self._size = 0
         self._parser = httptools.HttpResponseParser(self)
         # What http.client, aiohttp and browsers put up with too: a paid answer is not lost over a line's end.
         self._parser.set_dangerous_leniencies(
@@ -276,9 +284,9 @@ class _Incoming:
     def feed(self, data: bytes, attempt: _Attempt) -> None:
         """Take what was read; nothing is the connection's end. Raises HttpParserError, OSError and KhipuFailure."""
         if not data:
-            self._end(attempt)
+            self._end_of_connection(attempt)
             return
-        self._head_size += 0 if self.is_head_complete else len(data)
+        self._size += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -287,10 +295,14 @@ class _Incoming:
             self.may_another_follow = False  # it came after the reply
         if len(self.body) > BODY_LIMIT:
             fail(Kind.UNREADABLE, "body: larger than 1 MiB")
-        if not self.is_head_complete and self._head_size > HEAD_LIMIT:
+        if self._size > (REPLY_LIMIT if self.is_head_complete else HEAD_LIMIT):
             raise ConnectionError
 
-    def _end(self, attempt: _Attempt) -> None:
+    def end(self) -> None:
+        """Lets go of the parser, which holds on to this: a body is not to wait until garbage is collected."""
+        del self._parser
+
+    def _end_of_connection(self, attempt: _Attempt) -> None:
         is_framed = "content-length" in self.headers or "chunked" in self.headers.get("transfer-encoding", "").lower()
         if not self.is_head_complete or is_framed or attempt.over or not self.body:
             raise ConnectionError  # a body without a length ends here: this one was cut, or never began
@@ -300,8 +312,14 @@ class _Incoming:
         if self.is_complete:
             self.may_another_follow = False
 
+    def on_status(self, _: bytes) -> None:
+        """The code is whole now, and counts even where a header after it cannot be read."""
+        if not self.is_head_complete:
+            self.status = self._parser.get_status_code()
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.is_head_complete:  # what follows the body, or is another reply's, counts for nothing
+            self.status = self._parser.get_status_code()
             key, text = name.decode("latin-1").lower(), value.decode("latin-1")
             self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
@@ -319,6 +337,7 @@ class _Incoming:
             return
         if HTTPStatus.CONTINUE <= self.status < HTTPStatus.OK:  # provisional: what counts is still to come
             self.is_head_complete = False
+            self.status = 0
             self.headers.clear()
         else:
             self.is_complete = True

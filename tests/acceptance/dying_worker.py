@@ -25,7 +25,7 @@ import structlog
 from celery.__main__ import main
 from celery.worker.control import inspect_command
 
-from worker import beat, khipu, tasks
+from worker import beat, tasks, transport
 from worker.timetable import Timetable
 
 TRAP = Path(os.environ["BALANCES_TEST_TRAP"])
@@ -93,7 +93,7 @@ def trap_beat(claim: Callable[..., Any], conclude: Callable[..., Any]) -> None:
 
 before(tasks, "begin", "claimed")
 after(tasks, "begin", "begun")
-after(khipu._Connection, "request", "sent")
+after(transport._Connection, "send", "sent")
 after(tasks, "ask", "answered")
 after(tasks, "settle", "settled")
 trap_beat(Timetable.claim, beat.TimetableScheduler.conclude)

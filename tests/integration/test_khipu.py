@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -121,6 +122,11 @@ def answering(status: int, body: bytes = b"", **headers: str) -> Script:
     return lambda peer: peer.answer(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
+def whole(reply: bytes) -> Script:
+    """Sends this, and waits for the client to close."""
+    return lambda peer: (peer.request(), peer.send(reply), peer.gone())  # type: ignore[func-returns-value]
+
+
 # --- the request
 
 
@@ -201,11 +207,6 @@ def test_an_answer() -> None:
         answer = fetch(server.url)
     assert isinstance(answer, Answer)
     assert answer.payload()[0]["amount"] == "10000"
-
-
-def whole(reply: bytes) -> Script:
-    """Sends this, and waits for the client to close."""
-    return lambda peer: (peer.request(), peer.send(reply), peer.gone())  # type: ignore[func-returns-value]
 
 
 UPGRADE = head(101, {"Connection": "Upgrade", "Upgrade": "websocket"})
@@ -410,6 +411,16 @@ def test_a_refused_key_is_no_time_out_however_long_its_body_takes() -> None:
 
     outcome, _ = outcome_of(refuse, deadline_s=SHORT_S)
     assert (outcome.kind, outcome.code) == (Kind.UNAUTHORIZED, "HTTP_401")
+
+
+@pytest.mark.parametrize(
+    "odd", [b"Content-Length: 0\r\nContent-Length: 0", b": y", b"no colon", b"X[a]: y", b"X: a\rb"]
+)
+@pytest.mark.parametrize(("status", "kind"), [(401, Kind.UNAUTHORIZED), (429, Kind.THROTTLED)])
+def test_a_refusal_counts_whatever_else_its_head_holds(odd: bytes, status: int, kind: Kind) -> None:
+    outcome, _ = outcome_of(whole(b"HTTP/1.1 %d X\r\nRetry-After: 60\r\nX: y\r\n%b\r\n\r\n" % (status, odd)))
+    assert (outcome.kind, outcome.code) == (kind, f"HTTP_{status}")
+    assert outcome.retry_after == timedelta(seconds=60)
 
 
 # --- the total deadline
@@ -646,6 +657,40 @@ def test_an_endless_body_is_given_up_early(framing: dict[str, str]) -> None:
         fetch(server.url)
     assert failures[0].outcome.description == "body: larger than 1 MiB"
     assert server.sent < 32 * BODY_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("start", "again"),
+    [(b"5;", b"x" * 65536), (b"", b"0" * 65536), (b"0\r\nX: ", b"x" * 65536), (b"0\r\n", b"X: y\r\n" * 9000)],
+    ids=["a chunk's extension", "a chunk's length", "a trailer", "trailers"],
+)
+def test_what_is_endless_around_a_body_is_given_up_too(start: bytes, again: bytes) -> None:
+    def flood(peer: Peer) -> None:
+        peer.request()
+        peer.send(head(200, {"Transfer-Encoding": "chunked"}) + start)
+        peer.flood(again)
+
+    with Hostile(flood) as server, failing() as failures:
+        fetch(server.url)
+    assert failures[0].outcome.kind is Kind.CONNECTION
+    assert server.sent < 64 * BODY_LIMIT
+
+
+def test_a_reply_is_forgotten_at_once() -> None:
+    def serve(peer: Peer) -> None:
+        while True:
+            peer.answer(200, OK, keep=True)
+
+    with Hostile(serve) as server:
+        client = KhipuClient(server.url)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                client.fetch(DEFINITION, API_KEY, deadline_s=LONG_S)
+            assert not [found for found in gc.get_objects() if type(found).__name__ == "_Incoming"]
+        finally:
+            gc.enable()
 
 
 def test_endless_headers_are_given_up_early() -> None:

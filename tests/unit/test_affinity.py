@@ -117,3 +117,19 @@ def test_where_the_system_refuses_the_place_is_given_up_without_an_error(monkeyp
     place.look()
     place.leave()
     assert len(asked) == before, "there is no place any more"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process choose its core")
+def test_every_thread_is_let_go_of_where_the_system_refuses_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core is given, and how it is scheduled may not be changed, not even back."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    asked = on_many_cores(monkeypatch, ProcessLookupError())
+    monkeypatch.setattr(os, "sched_setscheduler", refuse, raising=False)
+    monkeypatch.setattr(os, "listdir", lambda _: ["1", "2", "3"])
+    place = OneCore()
+    place._core = 0
+    place.leave()
+    assert asked == [{0, 1, 2}] * 3
