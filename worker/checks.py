@@ -28,7 +28,7 @@ from worker import health, ops
 from worker.accounts import Accounts
 from worker.credentials import CredentialStore
 from worker.errors import KhipuFailure, Kind, StoreUnavailable
-from worker.khipu import HEADERS, KhipuClient
+from worker.khipu import KhipuClient
 from worker.server import Finding, compare_clocks
 from worker.settings import Settings, is_loopback
 from worker.timetable import ANSWERS, POLLS, Timetable, connect
@@ -228,7 +228,7 @@ def _ask_webhook(khipu: KhipuClient, url: str) -> Finding:
     until_s = time.monotonic() + REACH_S
     try:
         certificate_end = khipu.reach(url, deadline_s=REACH_S)
-        request = requests.Request("GET", f"{url}/healthz", headers={"User-Agent": HEADERS["User-Agent"]}).prepare()
+        request = requests.Request("GET", f"{url}/healthz").prepare()
         reply = khipu.exchange(request, deadline_s=until_s - time.monotonic())
     except KhipuFailure as failure:
         wrong = f"{url}: {_why(failure)}; is it running, and BALANCES_CALLBACK_URL its public address?"

@@ -84,8 +84,8 @@ class Group(click.Group):
     """Turns what this package raises on purpose into one line per problem and the right exit status."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """What is no text is nobody's name, and could not be sent to Redis as one."""
-        return super().parse_args(ctx, [arg.encode(errors="replace").decode() for arg in args])
+        """What is no text is nobody's name."""
+        return super().parse_args(ctx, list(map(ops.as_text, args)))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

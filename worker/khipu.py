@@ -20,7 +20,6 @@ from urllib.parse import quote
 import requests
 from pydantic import JsonValue
 
-import worker
 from worker.accounts import Definition
 from worker.balances import Accepted, Answer, read_accepted, read_answer, read_error
 from worker.credentials import Credentials
@@ -32,7 +31,6 @@ from worker.transport import Reply, Resolver, Transport, fail, resolve
 SHORTEST_SECRET = 3
 #: What every balance call says of itself.
 HEADERS = {
-    "User-Agent": f"balance-poller/{worker.__version__}",
     "Accept": "application/json",
     "Accept-Encoding": "gzip",
     "Content-Type": "application/json",

@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from worker.credentials import Credentials
 from worker.errors import KhipuFailure, Kind, Outcome
-from worker.khipu import HEADER_VALUE, HEADERS, KhipuClient, kind_of, retry_after
+from worker.khipu import HEADER_VALUE, KhipuClient, kind_of, retry_after
 from worker.transport import Reply
 
 #: Seconds for one request for a token, at most: it is taken from the time for the balances.
@@ -128,7 +128,6 @@ def _request(token_url: str, credentials: Credentials) -> requests.PreparedReque
         quote_plus(credentials.key.get_secret_value()),
     )
     headers = {
-        "User-Agent": HEADERS["User-Agent"],
         "Accept": "application/json",
         "Accept-Encoding": "gzip",
         "Content-Type": "application/x-www-form-urlencoded",

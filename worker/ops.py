@@ -492,8 +492,12 @@ def actor() -> str:
     except (KeyError, OSError):  # a container's user without a name
         user = str(os.getuid())
     behind = os.environ.get("SUDO_USER")
-    actor = f"{user}@{socket.gethostname()}" + (f" sudo {behind}" if behind else "")
-    return actor.encode(errors="replace").decode()  # the environment's bytes need be no text
+    return as_text(f"{user}@{socket.gethostname()}" + (f" sudo {behind}" if behind else ""))
+
+
+def as_text(given: str) -> str:
+    """What an argument or the environment holds, which need be no text and could not be sent to Redis as one."""
+    return given.encode(errors="replace").decode()
 
 
 @dataclass(frozen=True, slots=True)

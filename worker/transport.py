@@ -30,8 +30,11 @@ from urllib.parse import urlsplit
 import httptools
 import requests
 
+import worker
 from worker.errors import KhipuFailure, Kind, Outcome
 
+#: What every request says of itself.
+USER_AGENT = f"balance-poller/{worker.__version__}"
 #: Bytes of one body, compressed or not: an answer is about 300 per balance.
 BODY_LIMIT = 1024 * 1024
 #: Bytes of status and headers, provisional answers (100) before them included.
@@ -181,8 +184,9 @@ def _target(url: str) -> _Target:
 
 
 def _head(request: requests.PreparedRequest, target: _Target) -> bytes:
-    headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-    return f"{request.method} {target.path} HTTP/1.1\r\nHost: {target.host}\r\n{headers}\r\n".encode("latin-1")
+    lines = [f"{request.method} {target.path} HTTP/1.1", f"Host: {target.host}", f"User-Agent: {USER_AGENT}"]
+    lines += (f"{name}: {value}" for name, value in request.headers.items())
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def _body(request: requests.PreparedRequest) -> bytes:
