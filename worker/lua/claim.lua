@@ -13,7 +13,7 @@
 -- A login whose next request would break a limit is held back until it would not, so that it is not looked at again and
 -- again; begin, which licenses requests, has the last word.
 
-local most, template, settling, again_ms = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
+local most, template, settling, again_ms = tonumber(ARGV[1]), cut(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 -- Everything is paused: the moment at which it goes on is not known, so logins are looked at so often.
 local PAUSE_LOOK_MS = 60000
 local NEWS_AT_ONCE = 20
@@ -103,10 +103,8 @@ local function dispatch(login, l, alias, account)
   local key, poll, attempt = 'account:' .. alias, account.poll, whole(account.attempt + 1)
   if account.state == 'scheduled' then
     poll, attempt = whole(math.max(account.poll + 1, now)), '1'
-    redis.call('HDEL', key, 'first_at', 'answered', 'callback')
-  else
-    redis.call('HDEL', key, 'answered', 'callback')
   end
+  if account.answered or account.callback then redis.call('HDEL', key, 'answered', 'callback') end
   if l.probing then redis.call('HSET', 'login:' .. login, 'probe', alias) end
   redis.call('HSET', key, 'state', 'dispatched', 'poll', poll, 'attempt', attempt,
     'moved_at', whole(now), 'counted', move_to_dispatched(alias, account))
@@ -159,7 +157,7 @@ local function serve_next(login, l)
   end
   if not alias or tonumber(due) > now then return end
   local a = fields('account:' .. alias, 'state', 'poll', 'attempt', 'tries', 'waits', 'losses', 'institution',
-    'counted', 'source')
+    'counted', 'source', 'answered', 'callback')
   if a.state == 'awaiting' then
     return_lapsed(login, alias, a)
   elseif room > 0 and may_go(login, l, institution_of(a.source), due) then
