@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from urllib.request import urlopen
 
 import redis
 from servers import ROOT, ValkeyServer, wait_until
-from usage import cpu_s, memory_mb
+from usage import cpu_s, memory_mb, tree
 
 from worker.store import LOOPBACK, free_port, tethered
 
@@ -57,13 +58,11 @@ class Running:
         assert self.popen.poll() is None, f"{self.name} ended: {self.log.read_text(errors='replace')[-3000:]}"
 
     def stop(self) -> None:
-        """Asks, and then insists: nothing that it could still say is wanted."""
-        self.popen.terminate()
-        try:
-            self.popen.wait(5)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            self.popen.wait()
+        """At once, with all that it started: nothing that they could still say is wanted."""
+        for pid in tree(self.popen.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.popen.wait()
 
 
 class Rig:

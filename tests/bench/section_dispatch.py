@@ -6,7 +6,8 @@ import os
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,7 @@ from rig import ENVIRONMENTS, Rig, Running, until
 from worker.celery import poll_template
 from worker.timetable import CLAIM_BATCH, POLLS
 
-#: Beats that need longer are stopped as soon as they can be, and measured once only: no spread is as large as that.
+#: Others that need longer are stopped as soon as they can be, and measured once only: no spread is as large as that.
 PATIENCE_S = 5
 OURS, LIMITED = "**balance-poller**", "the limit"
 #: The others by their names in `peers/stock_beat.py`, and the sizes that their own start-up allows.
@@ -55,7 +56,7 @@ def run(sizes: Sequence[int], rounds: int, unchanged: int, idle_s: float) -> Sec
     head = ("accounts due at once", "", "messages a second", "against ours", "CPU, µs a message", "slowest call, ms")
     words = (
         f"Due accounts, each on a login of its own, turned into messages in the queue: median of {rounds} rounds taken "
-        "in turns (smallest–largest). CPU is beat's and Valkey's together. What needs more than "
+        "in turns (smallest–largest). CPU is beat's and Valkey's together. Who else needs more than "
         f"{PATIENCE_S} s is stopped after the entries of one turn, and measured once; its rate is that until then. "
         "RedBeat's own start-up leaves out the largest. The limit fills in the same template in a script and does "
         "nothing else."
@@ -65,11 +66,12 @@ def run(sizes: Sequence[int], rounds: int, unchanged: int, idle_s: float) -> Sec
 
 def compare(size: int, rounds: int) -> Iterable[tuple[str, ...]]:
     found: dict[str, list[Dispatch]] = defaultdict(list)
-    for _ in range(rounds):
-        for name, measure in measured(size).items():
-            if not found[name] or found[name][0].seconds < PATIENCE_S:
-                found[name].append(measure())
-                print(f"  {size} {name}: {found[name][-1].rate:.0f}/s", flush=True)
+    with due_at_once(size) as deployment:
+        for _ in range(rounds):
+            for name, measure in measured(size, deployment).items():
+                if not found[name] or name == OURS or found[name][0].seconds < PATIENCE_S:
+                    found[name].append(measure())
+                    print(f"  {size} {name}: {found[name][-1].rate:.0f}/s", flush=True)
     rates = {name: Spread.of(each.rate for each in runs) for name, runs in found.items()}
     for name, runs in found.items():
         slowest_ms = max(each.slowest_ms for each in runs)
@@ -80,31 +82,40 @@ def compare(size: int, rounds: int) -> Iterable[tuple[str, ...]]:
         yield f"{size:,}", name, rates[name].text(0) + stopped, against, cost.text(0), shown
 
 
-def measured(size: int) -> dict[str, Callable[[], Dispatch]]:
+@contextmanager
+def due_at_once(size: int) -> Iterator[Ours]:
+    """So many accounts that are due, in a file that each round begins with."""
+    with Rig(enable_debug_command="local", slowlog_log_slower_than=1000, slowlog_max_len=10_000) as rig:
+        deployment = Ours(rig, "http://127.0.0.1:1")
+        deployment.fill(size)
+        deployment.make_all_due()
+        rig.store.save()
+        yield deployment
+
+
+def measured(size: int, deployment: Ours) -> dict[str, Callable[[], Dispatch]]:
     """Everyone who can be measured at this size."""
     others = {
         name: partial(other, kind, size)
         for kind, (name, most) in OTHERS.items()
         if size <= most and (ENVIRONMENTS / "peers").exists()
     }
-    return {OURS: partial(ours, size), LIMITED: partial(limit, size), **others}
+    return {OURS: partial(ours, size, deployment), LIMITED: partial(limit, size), **others}
 
 
-def ours(size: int) -> Dispatch:
+def ours(size: int, deployment: Ours) -> Dispatch:
     """Beat's claims, one after the other, as beat makes them while there is more to do."""
-    with Rig(slowlog_log_slower_than=1000, slowlog_max_len=10_000) as rig:
-        deployment = Ours(rig, "http://127.0.0.1:1")
-        deployment.fill(size)
-        deployment.make_all_due()
-        rig.store.slowlog_reset()
-        cpu_s, server_s, began_s = time.process_time(), rig.server_cpu_s, time.monotonic()
-        with deployment.room():
-            while deployment.timetable.claim().dispatched:
-                pass
-        seconds = time.monotonic() - began_s
-        spent_s = time.process_time() - cpu_s + rig.server_cpu_s - server_s
-        slowest_us = max((call["duration"] for call in rig.store.slowlog_get(10_000)), default=0)
-        return Dispatch(size, rig.store.llen(POLLS), seconds, spent_s, slowest_us / 1000)
+    rig = deployment.rig
+    rig.store.execute_command("DEBUG RELOAD NOSAVE")
+    rig.store.slowlog_reset()
+    cpu_s, server_s, began_s = time.process_time(), rig.server_cpu_s, time.monotonic()
+    with deployment.room():
+        while deployment.timetable.claim().dispatched:
+            pass
+    seconds = time.monotonic() - began_s
+    spent_s = time.process_time() - cpu_s + rig.server_cpu_s - server_s
+    slowest_us = max((call["duration"] for call in rig.store.slowlog_get(10_000)), default=0)
+    return Dispatch(size, rig.store.llen(POLLS), seconds, spent_s, slowest_us / 1000)
 
 
 def limit(size: int) -> Dispatch:
