@@ -63,16 +63,17 @@ def test_a_server_killed_twice_takes_no_process_and_no_poll_with_it(tmp_path: Pa
 
 @dataclass(frozen=True)
 class Outage:
-    """One way in which a server does not work, how it ends, and what our processes call it."""
+    """One way in which a server does not work, how it ends, what our processes call it, and how it writes its file."""
 
     begin: Callable[[ValkeyServer], object]
     end: Callable[[ValkeyServer], object]
     reason: str
+    appendfsync: str = "always"
 
 
 OUTAGES = {
     "away": Outage(ValkeyServer.kill, ValkeyServer.start, "Redis: ConnectionError"),
-    "disk": Outage(ValkeyServer.fill_disk, ValkeyServer.free_disk, "Redis: MISCONF"),
+    "disk": Outage(ValkeyServer.fill_disk, ValkeyServer.free_disk, "Redis: MISCONF", "everysec"),  # else it exits
     "memory": Outage(ValkeyServer.fill_memory, ValkeyServer.free_memory, "Redis: OutOfMemoryError"),
 }
 
@@ -84,7 +85,7 @@ def test_an_outage_is_said_once_ends_no_process_and_loses_no_answer(tmp_path: Pa
         *(Account(alias, every="1s") for alias in QUICK),
     ]
     outage, limits = OUTAGES[kind], {"request_deadline": "90s", "lease_margin": "30s"}
-    with Machine(tmp_path, accounts, limits=limits) as machine:
+    with Machine(tmp_path, accounts, limits=limits, server={"appendfsync": outage.appendfsync}) as machine:
         processes = [machine.beat(), worker := machine.worker()]
         machine.until_entries(QUICK[0], 1)
         in_flight = until_in_flight(machine)

@@ -150,7 +150,10 @@ class Victims(Machine):
     def __init__(
         self, directory: Path, seed: int, accounts: int, logins: int, webhooks: int, every_s: Sequence[int] = EVERY_S
     ) -> None:
-        super().__init__(directory, make_accounts(seed, accounts, logins, every_s), retry=RETRY, limits=LIMITS)
+        # The file is read afterwards, so none of it may be written anew.
+        server = {"auto-aof-rewrite-percentage": 0}
+        crowd = make_accounts(seed, accounts, logins, every_s)
+        super().__init__(directory, crowd, retry=RETRY, limits=LIMITS, server=server)
         self.seed = seed
         self.webhook_ports = [free_port() for _ in range(webhooks)]
         self.callback_logins = set(self.logins[::2])
@@ -162,10 +165,6 @@ class Victims(Machine):
         with ExitStack() as stack:
             super().__enter__()
             stack.callback(self._stack.close)
-            self.server.options["appendfsync"] = "always"
-            self.server.options["auto-aof-rewrite-percentage"] = 0
-            self.server.kill()
-            self.server.start()
             self.network = stack.enter_context(Proxy(self.server.port, seed=self.seed))
             self.way_in = stack.enter_context(Proxy(*self.webhook_ports, seed=self.seed))
             for index, account in enumerate(self.accounts.values()):
