@@ -28,8 +28,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# In the order of their names: the long tests of processes come first, the quick ones fill what is left at the end.
 test: lint
-	$(BIN)/python -m pytest -n 4 --dist loadfile
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # Not part of `test`: ten minutes unless told otherwise, e.g. `make torture SECONDS=180 SEED=3`. See docs/reliability.md.
 .PHONY: torture

@@ -47,7 +47,7 @@ def sections(size: str) -> dict[str, Callable[[], Section]]:
         "callbacks": lambda: section_callbacks.run(
             pick(20, 100_000, 100_000), timedelta(seconds=pick(5, 900, 900)), pick(3, 300, 1800), pick(1, 20, 20)
         ),
-        "waiting": lambda: section_waiting.run(pick(40, 100_000, 100_000), pick(40, 3000, 10_000)),
+        "waiting": lambda: section_waiting.run(pick(40, 100_000, 100_000), pick(40, 3000, 10_000), pick(1, 3, 3)),
         "growth": lambda: section_growth.run(
             pick(20, 1000, 10_000),
             [(10, 20), (100, 1000, 10_000, 100_000), (100, 1000, 10_000, 100_000)][sizes],

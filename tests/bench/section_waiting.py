@@ -22,8 +22,6 @@ FOUR_HOURS_MS = 4 * 3_600_000
 WAIT = Outcome(Kind.ANSWERED, "E301", "WAIT_4_HOURS_BEFORE_RETRY")
 #: A process has then read what it reads when it starts.
 SETTLING_S = 2
-#: Two starts of the same differ by a megabyte.
-STARTS = 3
 #: One waits for the server while another has its turn.
 THREADS = 4
 
@@ -37,8 +35,9 @@ class Waits:
     processes: float
 
 
-def run(accounts: int, countdowns: int) -> Section:
-    ours = measure(accounts)
+def run(accounts: int, countdowns: int, starts: int) -> Section:
+    """`starts`: how often processes are started to be weighed; two starts of the same differ by a megabyte."""
+    ours = measure(accounts, starts)
     rows = [
         ("**balance-poller**, Valkey: an account that is scheduled", f"{accounts:,}", f"{ours.defined:,.0f}"),
         ("**balance-poller**, Valkey: one that waits, more than that", f"{accounts:,}", f"{ours.waiting:,.0f}"),
@@ -51,20 +50,20 @@ def run(accounts: int, countdowns: int) -> Section:
     words = (
         "Accounts in the four-hour wait after a failed first poll. The wait itself is a score that every account has; "
         "what is more than for an account that was never polled is its history: when, which attempt, how it ended. "
-        f"What is found in our processes is noise: each figure is the least of {STARTS} starts."
+        f"What is found in our processes is noise: each figure is the least of {starts} starts."
     )
     return Section("waiting", "Waiting", f"{words}\n\n{table(('', 'how many', 'bytes each'), rows)}")
 
 
-def measure(accounts: int) -> Waits:
+def measure(accounts: int, starts: int) -> Waits:
     with Rig() as rig:
         deployment = Ours(rig, "http://127.0.0.1:1")
         empty = used(rig)
         deployment.fill(accounts)
         defined = used(rig)
-        scheduled_mb = memory_of_processes(deployment)
+        scheduled_mb = memory_of_processes(deployment, starts)
         fail_everything(deployment, accounts)
-        waiting, waiting_mb = used(rig), memory_of_processes(deployment)
+        waiting, waiting_mb = used(rig), memory_of_processes(deployment, starts)
         soonest = rig.store.zcount("timetable", deployment.timetable.now_ms() + FOUR_HOURS_MS // 2, "+inf")
         assert soonest == accounts, "an account does not wait"
         return Waits(
@@ -74,9 +73,9 @@ def measure(accounts: int) -> Waits:
         )
 
 
-def memory_of_processes(deployment: Ours) -> float:
-    """MB of a beat and a worker that have just started and have nothing to do: the least of some starts."""
-    return min(memory_of_a_start(deployment) for _ in range(STARTS))
+def memory_of_processes(deployment: Ours, starts: int) -> float:
+    """MB of a beat and a worker that have just started and have nothing to do: the least of so many starts."""
+    return min(memory_of_a_start(deployment) for _ in range(starts))
 
 
 def memory_of_a_start(deployment: Ours) -> float:
