@@ -14,9 +14,9 @@ def tree(pid: int) -> list[int]:
     """The process and everything that descends from it."""
     found = [pid]
     for parent in found:
-        for children in _PROC.glob(f"{parent}/task/*/children"):
-            with suppress(OSError):
-                found += map(int, children.read_text().split())
+        with suppress(OSError):  # it ended meanwhile, or one of its threads did
+            for thread in os.listdir(_PROC / str(parent) / "task"):
+                found += map(int, (_PROC / str(parent) / "task" / thread / "children").read_text().split())
     return found
 
 
