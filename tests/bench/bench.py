@@ -45,9 +45,9 @@ def sections(size: str) -> dict[str, Callable[[], Section]]:
         "poll": lambda: section_poll.run(pick(20, 1000, 10_000), pick(1, 3, 5)),
         "flight": lambda: section_in_flight.run(pick(10, 1000, 1000), pick(2, 5, 5), (0.5, 10, 10)[sizes]),
         "callbacks": lambda: section_callbacks.run(
-            pick(20, 100_000, 100_000), timedelta(seconds=pick(5, 900, 900)), pick(3, 300, 1800), pick(1, 20, 20)
+            pick(20, 100_000, 100_000), timedelta(seconds=pick(5, 900, 900)), pick(3, 300, 1800), pick(1, 10, 10)
         ),
-        "waiting": lambda: section_waiting.run(pick(40, 100_000, 100_000), pick(40, 3000, 10_000), pick(1, 3, 3)),
+        "waiting": lambda: section_waiting.run(pick(40, 100_000, 100_000), pick(40, 3000, 10_000), pick(1, 2, 3)),
         "growth": lambda: section_growth.run(
             pick(20, 1000, 10_000),
             [(10, 20), (100, 1000, 10_000, 100_000), (100, 1000, 10_000, 100_000)][sizes],

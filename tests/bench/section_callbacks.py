@@ -15,7 +15,7 @@ from worker.store import LOOPBACK, free_port
 from worker.timetable import ANSWERS, POLLS
 
 #: What became due while the deployment was starting is not counted: it is worked off before, for so long at least.
-WARM_UP_S = 20
+WARM_UP_S = 10
 #: Nothing waits that was due so long ago: the deployment keeps up.
 PUNCTUAL_MS = 1000
 CALLBACK_AFTER_S = 2.0

@@ -11,13 +11,19 @@ _PROC = Path("/proc")
 
 
 def tree(pid: int) -> list[int]:
-    """The process and everything that descends from it."""
+    """The process and everything that descends from it; what ends meanwhile is left out."""
     found = [pid]
     for parent in found:
-        with suppress(OSError):  # it ended meanwhile, or one of its threads did
-            for thread in os.listdir(_PROC / str(parent) / "task"):
-                found += map(int, (_PROC / str(parent) / "task" / thread / "children").read_text().split())
+        for thread in _threads(parent):
+            with suppress(OSError):
+                found += map(int, (thread / "children").read_text().split())
     return found
+
+
+def _threads(pid: int) -> list[Path]:
+    with suppress(OSError):
+        return list((_PROC / str(pid) / "task").iterdir())
+    return []
 
 
 def cpu_s(pid: int) -> float:
