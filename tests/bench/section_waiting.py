@@ -41,7 +41,7 @@ def run(accounts: int, countdowns: int, starts: int) -> Section:
     rows = [
         ("**balance-poller**, Valkey: an account that is scheduled", f"{accounts:,}", f"{ours.defined:,.0f}"),
         ("**balance-poller**, Valkey: one that waits, more than that", f"{accounts:,}", f"{ours.waiting:,.0f}"),
-        ("**balance-poller**, beat and worker: one that waits", f"{accounts:,}", f"{ours.processes:,.0f}"),
+        ("**balance-poller**, beat and worker: one that waits", f"{accounts:,}", f"{round(ours.processes):,}"),
     ]
     if (ENVIRONMENTS / "peers").exists():
         worker, server = countdown(countdowns)
