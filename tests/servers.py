@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import redis
 from schemas import validate_stream
@@ -67,7 +68,7 @@ class ValkeyServer:
     def url_of(self, login: str) -> str:
         """The address as "user:password" has it; without one, as the server's only password, or none, does."""
         password = self.options.get("requirepass")
-        login = login or (f":{password}" if password else "")
+        login = login or (f":{quote(str(password), safe='')}" if password else "")
         return f"redis://{f'{login}@' if login else ''}{LOOPBACK}:{self.port}/0"
 
     @property

@@ -25,7 +25,7 @@ from celery import Celery, signals
 from celery.app.amqp import AMQP
 from kombu import Connection, Exchange, Queue
 
-from worker import logs
+from worker import logs, sentinel
 from worker.credentials import CredentialStore
 from worker.errors import ConfigurationError, StoreUnavailable
 from worker.event_buffer import EventBuffer
@@ -142,13 +142,17 @@ def _broker(url: str) -> dict[str, Any]:
     """The broker's settings for `url`; kombu writes Sentinel's addresses its own way."""
     # One list per queue instead of four; beside that, a dead connection must not hold a worker for long.
     options: dict[str, Any] = {"priority_steps": [0], "socket_connect_timeout": 2, "socket_keepalive": True}
-    if not url.startswith("sentinel://"):
+    if not url.startswith(sentinel.SCHEME):
         return {"broker_url": url, "broker_transport_options": options}
-    credentials, at, rest = url.removeprefix("sentinel://").rpartition("@")
-    hosts, master, *database = rest.split("/")
-    number = database[0] if database else "0"
-    urls = ";".join(f"sentinel://{credentials}{at}{host}/{number}" for host in hosts.split(","))
-    return {"broker_url": urls, "broker_transport_options": {**options, "master_name": master}}
+    address = sentinel.read_sentinel_address(url)
+    return {
+        "broker_url": address.for_kombu(),
+        "broker_transport_options": {
+            **options,
+            "master_name": address.master,
+            "sentinel_kwargs": dict(sentinel.ASKED),
+        },
+    }
 
 
 @contextmanager

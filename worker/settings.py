@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import ValidationError as PydanticValidationError
 from pydantic_core import PydanticCustomError
 
+from worker import sentinel
 from worker.errors import ConfigurationError, Problem
 
 WEBHOOK_PORT = 8080
@@ -131,13 +132,17 @@ def _split(url: str) -> SplitResult | None:
 
 
 def _redis_url(url: SecretStr) -> SecretStr:
-    """kombu writes several sentinels as `sentinel://a:26379;sentinel://b:26379`."""
-    for one in re.split(r";(?=[a-z]+://)", url.get_secret_value()):
-        parts = _split(one)
-        if parts is None or parts.scheme not in ("redis", "rediss", "sentinel"):
-            raise ValueError("is no address of a server")
-        if not re.fullmatch(r"/?[0-9]{0,4}", parts.path):
-            raise ValueError("names a database that is no number")
+    text = url.get_secret_value()
+    if ";" in text:
+        raise ValueError("holds a semicolon, at which kombu would cut it: in a password, it is %3B")
+    if text.startswith(sentinel.SCHEME):
+        sentinel.read_sentinel_address(text)
+        return url
+    parts = _split(text)
+    if parts is None or parts.scheme not in ("redis", "rediss"):
+        raise ValueError("is no address of a server")
+    if not re.fullmatch(r"/?[0-9]{0,4}", parts.path):
+        raise ValueError("names a database that is no number")
     return url
 
 
@@ -177,7 +182,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    redis_url: _RedisUrl | None = Field(None, description="write redis://, rediss:// or sentinel://host:port/0")
+    redis_url: _RedisUrl | None = Field(
+        None, description="write redis://host:port/0, rediss:// or sentinel://host:port,host:port/master/0"
+    )
     stream: str = Field("balances", pattern=r"^[!-~]{1,200}$", description="give a key's name without spaces")
     accounts_path: Path
     is_sandbox: bool = False

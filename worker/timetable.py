@@ -33,7 +33,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ClusterDownError, OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry as ConnectionRetry
 
-from worker import clock, policy, schedule
+from worker import clock, policy, schedule, sentinel
 from worker.accounts import Accounts, Definition, Limits, Retry, Scheme
 from worker.errors import ConfigurationError, Outcome, Problem, Refused, StoreUnavailable
 from worker.policy import Counters, Credential, DeadLetterQueue
@@ -272,7 +272,7 @@ Suspension = Literal["suspended", "parked", "blocked"]
 
 
 def connect(url: str, *, connections: int = 2 * LANES, retries: int = 2) -> redis.Redis:
-    """A client for `url` (`redis`, `rediss` or `sentinel://host:port[,host:port]/master/db`), bounded in every way.
+    """A client for `url` (`redis`, `rediss`, or `sentinel` as `worker.sentinel` has it), bounded in every way.
 
     Calls may be repeated: every script answers a repeated call as it answered the first, or refuses it.
     """
@@ -284,23 +284,20 @@ def connect(url: str, *, connections: int = 2 * LANES, retries: int = 2) -> redi
         "retry": ConnectionRetry(ExponentialBackoff(cap=0.5, base=0.05), retries),
         "retry_on_error": [redis.ConnectionError, redis.TimeoutError],
     }
-    if url.startswith("sentinel://"):
+    if url.startswith(sentinel.SCHEME):
         return _connect_sentinel(url, options)
     pool = redis.BlockingConnectionPool.from_url(url, max_connections=connections, timeout=10, **options)
     return redis.Redis(connection_pool=pool)
 
 
 def _connect_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
-    """`sentinel://[:password@]host:port[,host:port…]/master[/db]`: the current master, found anew after a failover."""
+    """The current master, found anew after a failover."""
     from redis.sentinel import Sentinel
 
-    credentials, _, rest = url.removeprefix("sentinel://").rpartition("@")
-    hosts, master, *database = rest.split("/")
-    addresses = [(host, int(port or 26379)) for host, _, port in (each.partition(":") for each in hosts.split(","))]
-    password = credentials.partition(":")[2] or None
-    sentinel: Any = Sentinel(addresses, socket_timeout=2)  # type: ignore[no-untyped-call]
-    number = int(database[0]) if database else 0
-    return cast(redis.Redis, sentinel.master_for(master, password=password, db=number, **options))
+    address = sentinel.read_sentinel_address(url)
+    master_for: Any = Sentinel(address.hosts, sentinel_kwargs=dict(sentinel.ASKED)).master_for  # type: ignore[no-untyped-call]
+    who = {"username": address.user, "password": address.password, "db": address.database}
+    return cast(redis.Redis, master_for(address.master, **who, **options))
 
 
 class Timetable:
