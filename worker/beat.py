@@ -114,9 +114,10 @@ class TimetableScheduler(Scheduler):
         """Claims once and concludes what lapsed; returns the seconds until there is more to do."""
         sent_s = steady_s()
         claim = self._wiring.timetable.claim(expected_ms=self._clock.expected_ms(sent_s))
-        jump = self._clock.look(Reading(claim.clock_ms - claim.jumped_ms, sent_s, steady_s()))
-        if jump is not None:
-            self.hold(jump, claim)
+        reading = Reading(claim.clock_ms, claim.jumped_ms, sent_s, steady_s())
+        jump = self._clock.look(reading)
+        if jump is not None and self.hold(jump, claim):
+            self._clock.note(jump, reading)
         for lapse in claim.lapsed:
             self.conclude(lapse)
         for news in claim.news:
@@ -130,11 +131,16 @@ class TimetableScheduler(Scheduler):
             return MAX_SLEEP_S
         return min(MAX_SLEEP_S, max(FULL_SLEEP_S, claim.wait_ms / 1000))
 
-    def hold(self, jump: Jump, claim: Claim) -> None:
-        """Takes note of a jump of the server's clock, so that nobody claims for one lease; two beats: once."""
-        held_ms = self._wiring.timetable.hold(jump, claim)
+    def hold(self, jump: Jump, claim: Claim) -> bool:
+        """Takes note of a jump of the server's clock, so that nobody claims for one lease; of two beats, one does."""
+        try:
+            held_ms = self._wiring.timetable.hold(jump, claim)
+        except StoreUnavailable:  # done all the same, maybe: with many accounts it takes longer than a reply may
+            log.error("the server's clock jumped", jump_s=jump.by_ms / 1000)
+            raise
         if held_ms is not None:
             log.error("the server's clock jumped", jump_s=jump.by_ms / 1000, held_s=held_ms / 1000)
+        return held_ms is not None
 
     def tell_overdue(self) -> None:
         """Tells the ledger of accounts that have become overdue, a batch at a time."""

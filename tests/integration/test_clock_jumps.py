@@ -188,6 +188,28 @@ def test_two_beats_take_note_of_a_jump_once_even_if_one_was_frozen_for_long(
     assert 0 <= before - LEASE_MS - world.left("waits") < SLACK_MS
 
 
+def test_two_beats_of_which_one_was_paused_with_its_clock_do_not_contradict_each_other_for_ever(
+    world: JumpingWorld, beat: Beat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a hypervisor does it: snapshot, migration. No clock tells a minute that the machine was not there."""
+    paused = Beat(world)
+    paused.claim()
+    world.due_now("idle")
+
+    def claim_late() -> None:
+        with monkeypatch.context() as late:
+            late.setattr("worker.beat.steady_s", lambda: steady_s() - 60)
+            paused.claim()
+
+    for _ in range(3):
+        claim_late()
+        beat.claim()
+        world.end_hold()
+    assert world.jumps() == 1
+    beat.claim()
+    assert world.state("idle") == "dispatched"
+
+
 def test_a_call_that_takes_note_of_a_jump_may_be_repeated(world: JumpingWorld) -> None:
     world.jump(HOUR_MS)
     claim = world.timetable.claim()

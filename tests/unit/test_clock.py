@@ -10,9 +10,11 @@ START_MS = 1_800_000_000_000
 HOUR_S = 3600.0
 
 
-def reading(at_s: float, *, ahead_ms: int = 0, took_s: float = 0.0, read_after_s: float = 0.0) -> Reading:
+def reading(
+    at_s: float, *, ahead_ms: int = 0, known_ms: int = 0, took_s: float = 0.0, read_after_s: float = 0.0
+) -> Reading:
     """A call sent at `at_s`; the server, whose clock is `ahead_ms`, read it so long afterwards."""
-    return Reading(START_MS + round((at_s + read_after_s) * 1000) + ahead_ms, at_s, at_s + took_s)
+    return Reading(START_MS + round((at_s + read_after_s) * 1000) + ahead_ms, known_ms, at_s, at_s + took_s)
 
 
 @pytest.fixture
@@ -70,4 +72,25 @@ def test_a_jump_stays_one_until_it_is_taken_into_account(watch: ClockWatch) -> N
     """The call that takes note of it may fail."""
     assert watch.look(reading(1, ahead_ms=60_000)) == Jump(60_000, 1000)
     assert watch.look(reading(2, ahead_ms=60_000)) == Jump(60_000, 2000)
-    assert watch.look(reading(3)) is None
+    assert watch.look(reading(3, ahead_ms=60_000, known_ms=60_000)) is None
+    assert watch.expected_ms(4) == START_MS + 4000
+
+
+def test_what_another_beat_took_for_a_jump_is_none_and_is_believed(watch: ClockWatch) -> None:
+    """Its machine was paused for a minute, and its own clock with it."""
+    assert watch.look(reading(1, known_ms=60_000)) is None
+    assert watch.expected_ms(2) == START_MS + 2000 - 60_000
+    assert watch.look(reading(2, known_ms=60_000)) is None
+
+
+def test_a_jump_that_was_taken_note_of_and_its_way_back_are_two(watch: ClockWatch) -> None:
+    there = reading(1, ahead_ms=60_000)
+    jump = watch.look(there)
+    assert jump is not None
+    watch.note(jump, there)
+    assert watch.expected_ms(1) == START_MS + 1000
+    assert watch.look(reading(2, known_ms=60_000)) == Jump(-60_000, 1000)
+
+
+def test_a_jump_is_found_whatever_others_took_for_one(watch: ClockWatch) -> None:
+    assert watch.look(reading(1, ahead_ms=3_600_000, known_ms=60_000)) == Jump(3_540_000, 1000)
