@@ -14,9 +14,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+import redis
 import structlog
 from celery import signals
 from celery.concurrency.thread import TaskPool
@@ -92,9 +94,9 @@ class Presence(threading.Thread):
         while not self._leaving.is_set():
             try:
                 self._round()
-            except StoreUnavailable as error:
+            except Exception as error:  # noqa: BLE001 - this thread must not end: its worker would get no more polls
                 if not is_away:
-                    log.error("the server is away", reason=str(error))
+                    tell(error)
                 is_away = True
                 self._consumption.start_over()
             else:
@@ -103,10 +105,8 @@ class Presence(threading.Thread):
                 is_away = False
             # A worker that is no longer believed to be there gets no polls: back at once when the server is.
             self._leaving.wait(AWAY_S if is_away else PRESENT_EVERY_S)
-        try:
+        with suppress(StoreUnavailable, redis.RedisError):  # believed for some seconds more
             self._wiring.timetable.forget_worker(*self._worker)
-        except StoreUnavailable:
-            log.debug("left without saying so; believed for some seconds more")
 
     def leave(self) -> None:
         """No new polls for this worker from here on."""
@@ -133,6 +133,14 @@ class Presence(threading.Thread):
         if not self._is_stalled:
             log.error("messages wait and none is taken: this worker counts as gone")
         self._is_stalled = True
+
+
+def tell(error: Exception) -> None:
+    """Why this worker cannot say that it is there: a server that is away, or one that refuses."""
+    if isinstance(error, StoreUnavailable):
+        log.error("the server is away", reason=str(error))
+    else:
+        log.error("presence failed", exc_info=error)
 
 
 def unblock_with_new_secrets(wiring: Wiring, logins: Logins) -> None:
@@ -246,6 +254,9 @@ def _on_shutdown(**_: object) -> None:
 
 
 def _cut_off() -> None:
-    """The end of the grace period: what is still running comes back after its lease, and is named here."""
-    log.warning("cut off at the end of the grace period", tasks=sorted(request.id for request in state.active_requests))
-    os._exit(0)
+    """The end of the grace period: what is still running comes back after its lease, and is named here if possible."""
+    try:
+        tasks = sorted(request.id for request in tuple(state.active_requests))
+        log.warning("cut off at the end of the grace period", tasks=tasks)
+    finally:
+        os._exit(0)

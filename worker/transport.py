@@ -44,6 +44,9 @@ REPLY_LIMIT = HEAD_LIMIT + 8 * BODY_LIMIT
 READ_SIZE = 64 * 1024
 #: Seconds for one address to accept a connection; what takes longer has dropped the packets, and the next may not.
 CONNECT_LIMIT_S = 10.0
+#: Seconds for which a connection nobody used is believed to be open: gateways between us and the bank forget one after
+#: minutes, and tell nobody until a request is lost on it.
+IDLE_LIMIT_S = 30.0
 
 Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 Resolver = Callable[[str, int], Sequence[Address]]
@@ -206,6 +209,7 @@ class _Connection:
         self.site = site
         self._tls = tls
         self._incoming = select.poll()
+        self._used_s = 0.0
 
     def open(self, attempt: _Attempt) -> None:
         """Raises OSError and ValueError."""
@@ -239,10 +243,13 @@ class _Connection:
             return Reply(incoming.status, incoming.headers, None), False
         finally:
             incoming.end()
+            self._used_s = time.monotonic()
         return Reply(incoming.status, incoming.headers, content), incoming.may_another_follow
 
     def is_idle(self) -> bool:
-        """Whether nothing came since the last reply: no end, and no bytes, which would be taken for the next one."""
+        """Whether the last reply was lately, and nothing came since: no end, and no bytes that belong to no request."""
+        if time.monotonic() - self._used_s > IDLE_LIMIT_S:
+            return False
         leftover = self.socket.pending() if isinstance(self.socket, ssl.SSLSocket) else 0
         return not leftover and not self._incoming.poll(0)
 
@@ -324,7 +331,7 @@ class _Incoming:
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.is_head_complete:  # what follows the body, or is another reply's, counts for nothing
             self.status = self._parser.get_status_code()
-            key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+            key, text = name.decode("latin-1").lower(), value.decode("latin-1").rstrip()
             self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
 
     def on_headers_complete(self) -> None:

@@ -77,3 +77,14 @@ def test_every_process_warns_of_a_server_that_may_lose_or_hide_something_and_sta
     machine.kick("acme-operating")
     machine.until_entries("acme-operating", 1)
     assert all(process.is_alive for process in processes)
+
+
+def test_a_worker_that_was_refused_for_a_while_is_present_again(machine: Machine) -> None:
+    """A list of rights that lacked one, and was mended."""
+    worker = machine.worker()
+    machine.store.execute_command("ACL", "SETUSER", "default", "-zadd")
+    wait_until(lambda: worker.said("presence failed"), PATIENCE_S, "a worker that says so")
+    machine.store.delete("workers")
+    machine.store.execute_command("ACL", "SETUSER", "default", "+zadd")
+    machine.until_present(worker)
+    assert len(worker.said("presence failed")) == 1

@@ -28,6 +28,7 @@ from hostile import Hostile, Peer, head
 from pydantic import SecretStr
 
 import worker
+from worker import transport
 from worker.accounts import Definition
 from worker.balances import Accepted, Answer
 from worker.credentials import Credentials
@@ -367,7 +368,16 @@ def test_an_envelope_in_an_http_error_knows_better(status: int, code: str | None
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("120", 120), ("0", 0), ("-5", None), ("soon", None), ("9" * 30, None), ("1.5", None), ("", None)],
+    [
+        ("120", 120),
+        ("120 \t", 120),
+        ("0", 0),
+        ("-5", None),
+        ("soon", None),
+        ("9" * 30, None),
+        ("1.5", None),
+        ("", None),
+    ],
 )
 @pytest.mark.parametrize("body", [b"", error()])
 def test_retry_after_in_seconds(value: str, seconds: int | None, body: bytes) -> None:
@@ -739,6 +749,21 @@ def test_a_thread_keeps_its_connection_and_shares_it_with_none() -> None:
         thread.join()
     assert (server.connections, len(server.requests)) == (2, 4)
     assert not any("cookie" in request.headers for request in server.requests)
+
+
+def test_a_connection_that_nobody_used_for_long_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway in between may have forgotten it: the request would be lost, and nobody could say whether it was sent."""
+
+    def serve(peer: Peer) -> None:
+        while True:
+            peer.answer(200, OK, keep=True)
+
+    with Hostile(serve) as server:
+        client = KhipuClient(server.url)
+        for limit_s in (LONG_S, LONG_S, 0):
+            monkeypatch.setattr(transport, "IDLE_LIMIT_S", limit_s)
+            client.fetch(DEFINITION, API_KEY, deadline_s=LONG_S)
+    assert (server.connections, len(server.requests)) == (2, 3)
 
 
 def test_an_error_envelope_keeps_the_connection_and_a_broken_answer_does_not() -> None:
