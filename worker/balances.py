@@ -139,11 +139,10 @@ def read_accepted(body: bytes, content_type: str | None = None, *, hide: Collect
     """Read the body of a 202; parameters and failures as with `read_answer`."""
     receipt = _validated(_Receipt, _ok(body, content_type, hide))
     life_span, drift = None, list(receipt.unknown())
-    if receipt.life_span is not None:
-        try:
-            life_span = _moment(receipt.life_span, assume_utc=True)
-        except ValueError:
-            drift.append("LifeSpan")
+    try:
+        life_span = _moment(receipt.life_span, assume_utc=True)
+    except ValueError:  # also for none at all
+        drift.append("LifeSpan")
     if receipt.data:
         drift.append("Data")
     return Accepted(_masked_id(receipt.operation_id, hide), life_span, _drift(drift, hide))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import celery.apps.worker as celery_worker
@@ -189,6 +190,11 @@ class Amqp(AMQP):
 
     Connection = SteadyConnection
 
+
+#: Flower asks the environment for its settings where its command line names none: it is never open by omission.
+FLOWER_SETTINGS = Path(__file__).parent.parent / "config" / "flowerconfig.py"
+if FLOWER_SETTINGS.is_file():
+    os.environ.setdefault("FLOWER_CONF", str(FLOWER_SETTINGS))
 
 app = Celery("balances", amqp=Amqp, include=["worker.tasks", "worker.lifecycle"])
 app.add_defaults(configuration)

@@ -199,7 +199,8 @@ def _about_answers(found: Figures) -> Iterator[Metric]:
     yield _moment("unsettled_oldest", "When the oldest unsettled answer was stored.", found.unsettled.oldest_ms)
     yield _counters(
         "contract_drift",
-        "Answers that differ from Khipu's documented contract: an undocumented error type, or field.",
+        "Answers that differ from Khipu's documented contract: an undocumented error type or field, or a 202 without a "
+        "LifeSpan that can be read.",
         ("kind",),
         {("type",): _unknown_types(found.polls), ("field",): found.counts.get("drift field", 0)},
     )

@@ -20,6 +20,9 @@ log = structlog.get_logger()
 OLDEST = {"redis": (7, 2), "valkey": (8, 0)}
 #: Where nothing may start: the scripts would fail, or the timetable be silently thrown away.
 REFUSED = frozenset({"server", "eviction"})
+#: What is said of its append-only file.
+KEPT = "append-only file on"
+NOT_KEPT = "appendonly is off: acknowledged answers live in memory only; it must be on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def read_info(info: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
     policy = info["memory"].get("maxmemory_policy", "noeviction")
     yield Finding("eviction", policy == "noeviction", f"maxmemory-policy is {policy}; it must be noeviction")
     is_kept = bool(info["persistence"].get("aof_enabled"))
-    yield Finding("persistence", is_kept, "append-only file on" if is_kept else "appendonly is off; it must be on")
+    yield Finding("persistence", is_kept, KEPT if is_kept else NOT_KEPT)
 
 
 def _check_version(server: Mapping[str, Any]) -> Finding:

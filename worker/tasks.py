@@ -383,7 +383,11 @@ def ambiguous(failure: KhipuFailure) -> Accepted:
 
 def accept(attempt: Attempt, accepted: Accepted) -> None:
     """Leaves the poll to its callback."""
-    deadline_ms = patiently(attempt.lease, lambda: attempt.wiring.timetable.accept(attempt.begun, accepted.life_span))
+    has_drift = bool(accepted.drift)
+    timetable = attempt.wiring.timetable
+    deadline_ms = patiently(
+        attempt.lease, lambda: timetable.accept(attempt.begun, accepted.life_span, has_drift=has_drift)
+    )
     log.info(
         "accepted",
         operation=accepted.operation_id,

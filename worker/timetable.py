@@ -466,12 +466,15 @@ class Timetable:
             case _:
                 return None
 
-    def accept(self, begun: Begun, life_span: datetime | None) -> int | None:
-        """Leaves the poll to its callback; returns its deadline (ms), or None for a stale token."""
+    def accept(self, begun: Begun, life_span: datetime | None, *, has_drift: bool = False) -> int | None:
+        """Leaves the poll to its callback; returns its deadline (ms), or None for a stale token.
+
+        `has_drift`: the 202 had unknown fields, or no `LifeSpan` that can be read.
+        """
         limits = begun.limits
         promised = "" if life_span is None else round(life_span.timestamp() * 1000)
         bounds = (limits.life_span_ms, limits.callback_grace_ms, limits.login_hold_ms)
-        result = self._run("accept", *begun.token.args, promised, *bounds)
+        result = self._run("accept", *begun.token.args, promised, *bounds, "drift" if has_drift else "")
         return int(result[1]) if result[0] == "awaiting" else None
 
     def unsettled(self, token: Token) -> Unsettled | None:

@@ -28,7 +28,8 @@ from worker.timetable import ANSWERS, POLLS
 
 USER, PASSWORD = "operator", "flower-canary"
 QUEUES = [POLLS, ANSWERS, *DeadLetterQueue]
-FLOWER = ("-m", "celery", "-A", "worker", "flower", f"--conf={ROOT}/config/flowerconfig.py")
+BARE_FLOWER = ("-m", "celery", "-A", "worker", "flower")
+FLOWER = (*BARE_FLOWER, f"--conf={ROOT}/config/flowerconfig.py")
 
 #: So long that no account comes up by itself, wherever in it its slot lies.
 EVERY = "365d"
@@ -250,12 +251,14 @@ def test_the_runtime_histogram_reaches_as_far_as_banks_do(machine: Watched) -> N
 # -------------------------------------------------------------------------------------------------- without a browser
 
 
-def start_flower(directory: Path, *options: str, **environ: str) -> subprocess.Popen[bytes]:
+def start_flower(
+    directory: Path, *options: str, command: tuple[str, ...] = FLOWER, **environ: str
+) -> subprocess.Popen[bytes]:
     """A Flower by itself, with nothing of the tests' own environment; it writes to `flower.log`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BALANCES_")}
     with (directory / "flower.log").open("wb") as log:
         return subprocess.Popen(
-            tethered([sys.executable, *FLOWER, *options]),
+            tethered([sys.executable, *command, *options]),
             cwd=directory,
             env={**inherited, "PYTHONPATH": str(ROOT), "BALANCES_FLOWER_PORT": str(free_port()), **environ},
             stdout=log,
@@ -292,6 +295,13 @@ def test_a_wrong_configuration_is_one_line_and_status_2(
     assert said.startswith("balances: ")
     assert len(said.splitlines()) == 1
     assert "secret-canary" not in said
+
+
+def test_without_its_settings_named_it_has_them_all_the_same(tmp_path: Path, valkey_server: ValkeyServer) -> None:
+    environ = {"BALANCES_REDIS_URL": valkey_server.url, "BALANCES_HOST": "192.0.2.1"}
+    flower = start_flower(tmp_path, command=BARE_FLOWER, **environ)
+    assert flower.wait(PATIENCE_S) == 2
+    assert "Flower on 192.0.2.1 needs it" in (tmp_path / "flower.log").read_text()
 
 
 def test_a_server_that_is_away_at_the_start_and_later_is_waited_for(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from machine import PATIENCE_S, Account, Machine, Process
 from servers import wait_until
 
+from worker.server import NOT_KEPT
 from worker.store import free_port
 
 EVICTION = "BALANCES_REDIS_URL: eviction: maxmemory-policy is allkeys-lru; it must be noeviction"
@@ -54,7 +55,7 @@ def test_every_process_that_waited_for_the_server_refuses_it_when_it_comes_and_e
 @pytest.mark.parametrize(
     ("breaking", "what", "reason"),
     [
-        (("CONFIG", "SET", "appendonly", "no"), "persistence", "appendonly is off; it must be on"),
+        (("CONFIG", "SET", "appendonly", "no"), "persistence", NOT_KEPT),
         (
             ("ACL", "SETUSER", "default", "-info"),
             "permissions",

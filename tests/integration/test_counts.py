@@ -169,6 +169,13 @@ def test_unknown_fields_are_counted_by_answer(world: World) -> None:
     assert look(world).counts["drift field"] == 1
 
 
+def test_a_202_that_is_not_what_was_agreed_is_counted_once(world: World) -> None:
+    begun = world.start("a")
+    for _ in range(2):
+        world.timetable.accept(begun, None, has_drift=True)
+    assert look(world).counts["drift field"] == 1
+
+
 @pytest.mark.parametrize(
     ("outcome", "expected"),
     [

@@ -752,7 +752,7 @@ def test_a_thread_keeps_its_connection_and_shares_it_with_none() -> None:
 
 
 def test_a_connection_that_nobody_used_for_long_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gateway in between may have forgotten it: the request would be lost, and nobody could say whether it was sent."""
+    """A gateway in between may have forgotten it: the request would be lost on it."""
 
     def serve(peer: Peer) -> None:
         while True:

@@ -437,8 +437,8 @@ def test_the_body_of_an_http_error_counts_only_with_a_code(body: bytes, code: st
     [
         ("2017-07-22T00:00:00-0400", datetime(2017, 7, 22, 4, tzinfo=UTC), ()),
         ("2017-07-22T00:00:00", datetime(2017, 7, 22, tzinfo=UTC), ()),
-        (None, None, ()),
-        (ABSENT, None, ()),
+        (None, None, ("LifeSpan",)),
+        (ABSENT, None, ("LifeSpan",)),
         ("soon", None, ("LifeSpan",)),
         (5, None, ("LifeSpan",)),
         ("9999-12-31T23:59:59-1400", None, ("LifeSpan",)),
@@ -453,7 +453,7 @@ def test_accepted(nothing: object, life_span: object, expected: datetime | None,
 
 
 def test_accepted_names_what_should_not_be_there() -> None:
-    assert read_accepted(envelope(Foo=1)).drift == ("Data", "Foo")
+    assert read_accepted(envelope(Foo=1)).drift == ("Data", "Foo", "LifeSpan")
 
 
 def test_a_202_can_be_a_failure_too() -> None:

@@ -2,6 +2,7 @@
 --
 -- ARGV  1 login  2 alias  3 poll  4 attempt  5 LifeSpan (ms since the epoch, '' for none)
 --       6 life_span (ms), where Khipu gave none  7 callback_grace (ms)  8 login_hold (ms)
+--       9 "drift" where the 202 was not what Khipu's contract says
 -- Returns { "awaiting", deadline } — also when the same token repeats its call — or { "stale" }
 --
 -- The login stays held until the answer, at most for login_hold: the bank's session may well be open. After a
@@ -31,6 +32,7 @@ if not is_begun(a, login, poll, attempt) then
   count('stale accept')
   return { 'stale' }
 end
+if ARGV[9] == 'drift' then count('drift field') end
 local due = deadline()
 redis.call('HSET', key, 'state', 'awaiting', 'due', whole(due), 'moved_at', whole(now))
 recount(alias)
