@@ -295,7 +295,11 @@ def parse_accounts(text: bytes | str, source: str, *, callback_configured: bool)
     except RecursionError:
         raise _failure(source, "is nested too deeply", "write plain tables") from None
     except ValueError as error:  # besides TOMLDecodeError, a number of thousands of digits
-        raise _failure(source, f"is not TOML: {error}", "correct the syntax there") from None
+        raise _failure(
+            source,
+            f"is not TOML: {error}",
+            "correct the syntax there; text, and a number with leading zeros, stands in quotes",
+        ) from None
     return _Reader(_Report(source, decoded), callback_configured).read(tables)
 
 

@@ -393,13 +393,14 @@ def history(alias: str, count: int, is_json: bool) -> None:
     """
     settings = load_settings()
     client = connect(settings.store_url())
+    timetable = Timetable(client, stream=settings.stream)
     entries = stream.history(client, settings.stream, alias, count)
     if is_json:
         print_json([entry.data for entry in entries])
     elif entries:
-        show(draw(entries, tables.utc(Timetable(client, stream=settings.stream).now_ms())))
+        show(draw(entries, tables.utc(timetable.now_ms())))
     else:
-        raise Refused(f"{alias}: has no balance on the stream; see: balances accounts {alias}")
+        raise Refused(f"{alias}: {ops.lacking(timetable, alias, 'has no balance on the stream')}")
 
 
 @main.command()
@@ -506,7 +507,9 @@ def resume(timetable: Timetable, aliases: tuple[str, ...], is_all: bool, is_json
       balances resume acme-operating
     """
     need_names(aliases, is_all)
-    results = ops.resume_all(timetable) if is_all else ops.each(timetable, ops.resume(timetable), aliases)
+    results = list(ops.resume_all(timetable)) if is_all else ops.each(timetable, ops.resume(timetable), aliases)
+    if not results and not is_json:
+        click.echo("nothing was paused")
     tell(results, "resumed", is_json)
 
 

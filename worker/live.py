@@ -222,7 +222,7 @@ def _processes(statuses: dict[str, str]) -> Text:
 
 
 def _message(name: str, text: str) -> Text:
-    return Text.assemble((f"{name:<8}", "dim"), text)
+    return Text.assemble((f"{name:<8} ", "dim"), text)
 
 
 def _cut(text: Text) -> Text:

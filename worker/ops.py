@@ -454,13 +454,19 @@ def dead_letter(timetable: Timetable, name: str) -> tuple[LetterRow, dict[str, A
     raise Refused(f"{name}: has no dead letter; see: balances dead list")
 
 
+def lacking(timetable: Timetable, alias: str, what: str) -> str:
+    """Why nothing is shown of an account: it lacks `what`, or there is no such account."""
+    [(_, fields)] = timetable.accounts([alias])
+    return f"{what}; see: balances accounts {alias}" if fields else ADVICE["unknown"]
+
+
 def latest(timetable: Timetable, alias: str | None = None) -> list[dict[str, Any]]:
     """The newest balance of every account that has one, or of the one named."""
     found = {name: json.loads(text) for name, text in sorted(timetable.latest().items())}
     if alias is None:
         return list(found.values())
     if alias not in found:
-        raise Refused(f"{alias}: has no balance yet; see: balances accounts {alias}")
+        raise Refused(f"{alias}: {lacking(timetable, alias, 'has no balance yet')}")
     return [found[alias]]
 
 

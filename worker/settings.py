@@ -146,6 +146,24 @@ def _redis_url(url: SecretStr) -> SecretStr:
     return url
 
 
+#: First words of the keys that are the timetable's (worker/lua/shared.lua says what each is), Celery's and kombu's.
+TAKEN = frozenset(
+    """
+    account aliases answer answers as_of attempts audit awaiting begins blocked breaker breakers budgets
+    callback celery celeryev clock config contents counts due durations failed failing failures history
+    institutions last_ok latest licences login logins news operation overdue parked pins polls received
+    released releases requests resting revisions salt slots state timetable token_expires workers
+    """.split()  # noqa: SIM905 - as strings they would fill a page
+)
+TAKEN_BEGINNINGS = ("balances.polls", "balances.answers", "balances.dead.", "_kombu.", "unacked", "/")
+
+
+def _stream(name: str) -> str:
+    if re.split("[:.]", name)[0] in TAKEN or name.startswith(TAKEN_BEGINNINGS):
+        raise ValueError("is the name of a key that the timetable or Celery uses")
+    return name
+
+
 def _flower_auth(value: SecretStr) -> SecretStr:
     user, _, password = value.get_secret_value().partition(":")
     if not user or not password:
@@ -170,6 +188,7 @@ def _directory(path: Path) -> Path:
 _Port = Annotated[int, Field(ge=1, le=65535, description="give a port from 1 to 65535")]
 _Url = Annotated[str, AfterValidator(check_http_url)]
 _RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
+_Stream = Annotated[str, AfterValidator(_stream)]
 _FlowerAuth = Annotated[SecretStr, AfterValidator(_flower_auth)]
 _Token = Annotated[SecretStr, AfterValidator(_token)]
 _Directory = Annotated[Path, AfterValidator(_directory)]
@@ -185,7 +204,9 @@ class Settings(BaseModel):
     redis_url: _RedisUrl | None = Field(
         None, description="write redis://host:port/0, rediss:// or sentinel://host:port,host:port/master/0"
     )
-    stream: str = Field("balances", pattern=r"^[!-~]{1,200}$", description="give a key's name without spaces")
+    stream: _Stream = Field(
+        "balances", pattern=r"^[!-~]{1,200}$", description="give a key's name without spaces, such as balances"
+    )
     accounts_path: Path
     is_sandbox: bool = False
     khipu_url: _Url = Field(KHIPU_URL, description="write https://host, or http:// to loopback only")

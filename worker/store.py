@@ -178,7 +178,9 @@ class EmbeddedStore:
             raise ConfigurationError([problem]) from error
         if not poll_until(lambda: _taken(lock), LOCK_WITHIN_S):
             os.close(lock)
-            raise StoreUnavailable(f"{self.data_dir} is in use by another `balances up`: stop it, or use its store")
+            raise StoreUnavailable(
+                f"{self.data_dir} is in use by another `balances up` or `balances store`: stop it, or use its store"
+            )
         return lock
 
     def _address(self) -> str:

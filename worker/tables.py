@@ -351,12 +351,12 @@ def _step_told(story: Story, now: datetime) -> Iterator[str]:
         case "waiting" if story.due:
             yield f"It waits after {story.row.last_outcome}; next try: {_due(story, story.due, now)}."
         case "awaiting" if story.due:
-            yield f"Khipu took the request; its callback is awaited until {_beside(story.due, now)}."
+            yield f"Khipu took the request; its callback is awaited: {_beside(story.due, now)} at the latest."
         case "dispatched":
             yield "Its poll is in the queue, for the next free worker."
         case "polling":
             yield f"Its poll is under way (attempt {story.row.attempt})."
-    if story.row.overdue:
+    if story.row.overdue and not story.holder:
         yield "It is overdue by more than its own interval: is a worker running? See: balances check"
     if story.holder and story.due and datetime.fromisoformat(story.due) <= now:
         yield f"Its login is busy with {story.holder}; one account of a login is polled at a time."

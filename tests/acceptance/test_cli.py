@@ -377,7 +377,8 @@ def test_a_server_that_was_never_started_is_named(cli: Cli) -> None:
 
 def test_an_unknown_alias_is_refused(cli: Cli) -> None:
     assert cli("accounts", "nobody", status=1) == "balances: nobody: no such account; see: balances accounts\n"
-    assert cli("latest", "nobody", status=1).startswith("balances: nobody: has no balance yet")
+    assert cli("latest", "nobody", status=1) == "balances: nobody: no such account; see: balances accounts\n"
+    assert cli("history", "nobody", status=1) == "balances: nobody: no such account; see: balances accounts\n"
     assert cli("dead", "show", "nobody", status=1).startswith("balances: nobody: has no dead letter")
 
 

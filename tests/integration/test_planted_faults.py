@@ -1,6 +1,6 @@
 """Every promise of the scripts has a test that can fail: plant the fault, and see the named test go red.
 
-The state machine finds nearly all of them by itself: some at once, here; the others with `BALANCES_TEST_LONG=1`.
+The state machine finds half of them by itself: some at once, here; the others with `BALANCES_TEST_LONG=1`.
 """
 
 from __future__ import annotations

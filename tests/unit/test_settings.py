@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from worker.errors import ConfigurationError, Problem
-from worker.settings import Settings, format_duration, is_loopback, load_settings, parse_duration
+from worker.policy import DeadLetterQueue
+from worker.settings import (
+    TAKEN,
+    TAKEN_BEGINNINGS,
+    Settings,
+    format_duration,
+    is_loopback,
+    load_settings,
+    parse_duration,
+)
+from worker.timetable import ANSWERS, POLLS
 
 CANARY = "canary-5f3a"
 
@@ -177,6 +189,10 @@ WRONG = [
     ("REDIS_URL", "sentinel://a:1/master/name"),
     ("REDIS_URL", "sentinel://a b:1/master"),
     ("STREAM", "two words"),
+    ("STREAM", "latest"),
+    ("STREAM", "login:acme"),
+    ("STREAM", "balances.polls"),
+    ("STREAM", "celery.pidbox"),
     ("KHIPU_URL", "http://api.khipu.com"),
     ("KHIPU_URL", "ftp://127.0.0.1"),
     ("KHIPU_URL", "api.khipu.com"),
@@ -340,3 +356,18 @@ def test_without_a_server_the_way_to_one_is_told() -> None:
 def test_every_field_that_can_be_wrong_says_what_is_right() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description or name in {"accounts_path", "is_sandbox", "data_dir"}, name
+
+
+def test_no_key_of_the_timetable_can_be_the_stream() -> None:
+    """The head of shared.lua names them all."""
+    head = (resources.files("worker") / "lua" / "shared.lua").read_text().partition("-- <institution> is")[0]
+    kinds = "hash|set|sorted set|string|list|stream"
+    keys = re.findall(rf"(?:^--   |  )([a-z_]+)[\w:<>]*\s+(?:{kinds})\b", head, re.MULTILINE)
+    assert len(set(keys)) > 40
+    assert set(keys) <= TAKEN
+    assert all(name.startswith(TAKEN_BEGINNINGS) for name in (POLLS, ANSWERS, *DeadLetterQueue))
+
+
+@pytest.mark.parametrize("name", ["balances", "balances.acme", "acme:balances", "latest-balances"])
+def test_these_streams_are_accepted(name: str) -> None:
+    assert load_settings({"BALANCES_STREAM": name}).stream == name

@@ -294,7 +294,7 @@ SENTENCES = [
         ],
     ),
     (story("dispatched"), ["Its poll is in the queue, for the next free worker."]),
-    (story("awaiting"), ["Khipu took the request; its callback is awaited until in 3 s (07:33:13 UTC-3)."]),
+    (story("awaiting"), ["Khipu took the request; its callback is awaited: in 3 s (07:33:13 UTC-3) at the latest."]),
     (
         story(holder="acme-usd", due=at(seconds=-1)),
         ["Its login is busy with acme-usd; one account of a login is polled at a time."],
