@@ -272,6 +272,20 @@ asked, tasks.ask = tasks.ask, ask
 sys.argv[:1] = ["celery"]
 main()
 """
+#: A worker with one line too many.
+TALKATIVE = """
+import sys
+from celery.__main__ import main
+from worker import tasks
+
+def ask(attempt):
+    tasks.log.info(attempt.credentials.key.get_secret_value())
+    return asked(attempt)
+
+asked, tasks.ask = tasks.ask, ask
+sys.argv[:1] = ["celery"]
+main()
+"""
 BROKEN_FILE = """
 [logins.one]
 [[accounts]]
@@ -639,3 +653,14 @@ def test_every_kind_of_end_was_searched(machine: Leaky) -> None:
     outcomes = {outcome.split()[1] for alias in machine.accounts for outcome in machine.outcomes(alias)}
     assert outcomes >= {"ok", "E101", "E201", "E202", "E203", "E401", "A000", "UNKNOWN", "FOREIGN", "UNREADABLE"}
     assert outcomes >= {"CONNECTION", "TIMEOUT", "LIFESPAN_EXCEEDED", "HTTP_401", "HTTP_400", "HTTP_500", "HTTP_504"}
+
+
+def test_one_secret_in_one_line_of_a_log_is_found(tmp_path: Path) -> None:
+    """What was searched above would have been red for it."""
+    with Machine(tmp_path, [Account("acme")]) as machine:
+        machine.beat()
+        machine.until_present(machine.start("worker", "-c", TALKATIVE, "-A", "worker", "worker", "--loglevel", "INFO"))
+        machine.kick("acme")
+        machine.until_entries("acme", 1)
+        places = [Place(f"log of {process.name}", process.text()) for process in machine.processes]
+        assert leaks_in(places, CANARIES).keys() == {"log of worker"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Job:
     rig: Rig
     bank_url: str
     concurrency: int
+    more_env: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def env(self) -> dict[str, str]:
@@ -35,6 +36,7 @@ class Job:
             "BENCH_BANK_URL": self.bank_url,
             "BENCH_CONCURRENCY": str(self.concurrency),
             "PYTHONPATH": str(PEERS),
+            **self.more_env,
         }
 
 

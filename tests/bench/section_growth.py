@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 from ours import Ours, alias_of
-from report import Plot, Section, table
+from report import Plot, Section, ratio, table
 from rig import Rig, Running, until
 
 from worker.timetable import CLAIM_BATCH
@@ -90,7 +90,15 @@ def run(
     )
 
 
-HEAD = ("", "", "claim, µs of Valkey", "begin and settle, µs of Valkey", "worker, ms", "polls a second")
+HEAD = (
+    "",
+    "",
+    "claim, µs of Valkey",
+    "begin and settle, µs of Valkey",
+    "worker, ms",
+    "against the first",
+    "polls a second",
+)
 
 
 def told(what: str, number: int, step: Step) -> Step:
@@ -99,9 +107,11 @@ def told(what: str, number: int, step: Step) -> Step:
 
 
 def rows(what: str, steps: dict[int, Step]) -> Iterable[Sequence[str]]:
+    first = next(iter(steps.values()))
     for number, step in steps.items():
-        figures = (f"{step.claim_us:.0f}", f"{step.scripts_us:.0f}", f"{step.worker_ms:.2f}", f"{step.rate:,.0f}")
-        yield what, f"{number:,}", *figures
+        server = f"{step.claim_us:.0f}", f"{step.scripts_us:.0f}"
+        worker = f"{step.worker_ms:.2f}", ratio(step.worker_ms, first.worker_ms)
+        yield what, f"{number:,}", *server, *worker, f"{step.rate:,.0f}"
 
 
 def plot(what: str, steps: dict[int, Step]) -> str:
@@ -224,7 +234,10 @@ def projection(step: Step, memory: Memory) -> str:
     stream_gb = memory.bytes_a_poll * polls_s * DAY_S / 2**30
     rows = [
         ("polls a second", f"{polls_s:,.0f}"),
-        ("Valkey's memory for the accounts", f"{memory.bytes_an_account * MILLION / 2**30:.1f} GB"),
+        (
+            "Valkey's memory for the accounts, before their first poll",
+            f"{memory.bytes_an_account * MILLION / 2**30:.1f} GB",
+        ),
         ("and for a day of the stream", f"{stream_gb:.1f} GB"),
         ("Valkey's commands a second, those inside scripts included", f"{polls_s * step.commands:,.0f}"),
         ("Valkey's time in our scripts, % of its one core", f"{100 * valkey:.0f}"),

@@ -42,7 +42,8 @@ def run(polls: int, several: int, latency_s: float) -> Section:
     words = (
         f"Polls of {latency_s:g} s, {polls:,} for each process with as many threads or tasks. Done: from the first "
         f"request to the last entry on the stream; given up after {PATIENCE} times the ideal. Memory: what the "
-        "worker's processes hold at most beyond what they held before, for each poll."
+        "worker's processes hold at most beyond what they held before, for each poll. rq forks for each job and is "
+        "left out; of several processes only Celery is shown beside ours: what a process costs stands above."
     )
     head = ("", "processes", "polls", "done, s", "of the ideal", "open at once", "kB a poll", "against ours")
     return Section("flight", "In flight", f"{words}\n\n{table(head, rows)}")

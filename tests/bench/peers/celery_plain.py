@@ -8,6 +8,8 @@ from poll import poll
 
 app = Celery("celery_plain", broker=os.environ["BENCH_REDIS_URL"])
 app.conf.task_ignore_result = True
+if "BENCH_VISIBILITY_S" in os.environ:
+    app.conf.broker_transport_options = {"visibility_timeout": int(os.environ["BENCH_VISIBILITY_S"])}
 
 
 @app.task(autoretry_for=(requests.RequestException,), retry_backoff=True, max_retries=3)
