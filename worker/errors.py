@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -69,6 +70,15 @@ class ConfigurationError(BalancesError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+
+@contextmanager
+def collected(problems: list[Problem]) -> Iterator[None]:
+    """Adds the mistakes that the block finds to `problems` instead of raising them: the next block finds its own."""
+    try:
+        yield
+    except ConfigurationError as error:
+        problems += error.problems
 
 
 class KhipuFailure(BalancesError):

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from worker import tables
 from worker.accounts import Accounts, load_accounts
 from worker.credentials import CredentialStore
-from worker.errors import ConfigurationError, Problem, StoreUnavailable
+from worker.errors import ConfigurationError, Problem, StoreUnavailable, collected
 from worker.processes import Command, Runner, check_ports, listening, read_procfile
 from worker.sandbox import sandbox_secrets
 from worker.server import REFUSED, Finding, check_server, problems_of
@@ -54,13 +54,19 @@ class Machine:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self.settings = settings
         self.env = _environment(settings, environ)
-        self.accounts: Accounts = load_accounts(
-            settings.accounts_path, callback_configured=settings.callback_url is not None
-        )
         self._procfile = read_procfile(ROOT / "Procfile", self.env)
-        self._check_secrets()
-        self._check_flower()
-        check_ports(settings.host, self._ports())
+        problems: list[Problem] = []
+        with collected(problems):
+            self.accounts: Accounts = load_accounts(
+                settings.accounts_path, callback_configured=settings.callback_url is not None
+            )
+            self._check_secrets()
+        with collected(problems):
+            self._check_flower()
+        with collected(problems):
+            check_ports(settings.host, self._ports())
+        if problems:
+            raise ConfigurationError(problems)
 
     @property
     def names(self) -> list[str]:

@@ -201,13 +201,13 @@ def own(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def refused(directory: Path, **more: str) -> str:
-    """What `up` says when it does not start: one line with its status 2, and nothing was started."""
+def refused(directory: Path, *, mistakes: int = 1, **more: str) -> str:
+    """What `up` says when it does not start: a line for each mistake, status 2, and nothing was started."""
     env = environment(directory, **more)
     command = [BALANCES, "up", "--for", "0"]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
     assert result.returncode == 2, result.stdout + result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.count("\n") == mistakes, result.stderr
     assert result.stderr.startswith("balances: ")
     assert " | " not in result.stdout
     assert not (Path(env["BALANCES_DATA_DIR"]) / "redis.url").exists()
@@ -242,6 +242,15 @@ def test_a_secret_that_cannot_be_read_is_named_without_its_value(tmp_path: Path,
 def test_flower_without_a_password_is_not_shown_to_others(tmp_path: Path) -> None:
     said = refused(tmp_path, BALANCES_HOST="0.0.0.0")  # noqa: S104 - what is refused
     assert "BALANCES_FLOWER_AUTH: is not set" in said
+
+
+def test_mistakes_of_every_kind_come_at_once(tmp_path: Path, own: dict[str, str], valkey_server: ValkeyServer) -> None:
+    del own["BALANCES_SECRET_ACME_API_KEY"]
+    port = str(valkey_server.port)
+    said = refused(tmp_path, mistakes=3, **own, BALANCES_HOST="0.0.0.0", BALANCES_EXPORTER_PORT=port)  # noqa: S104
+    assert "BALANCES_SECRET_ACME_API_KEY" in said
+    assert "BALANCES_FLOWER_AUTH: is not set" in said
+    assert f"BALANCES_EXPORTER_PORT: port {port}" in said
 
 
 def test_a_moved_clock_is_refused(tmp_path: Path, store: redis.Redis, valkey_server: ValkeyServer) -> None:
