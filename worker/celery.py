@@ -151,7 +151,7 @@ def _broker(url: str) -> dict[str, Any]:
         "broker_transport_options": {
             **options,
             "master_name": address.master,
-            "sentinel_kwargs": dict(sentinel.ASKED),
+            "sentinel_kwargs": sentinel.ASKED,
         },
     }
 

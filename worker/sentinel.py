@@ -9,9 +9,7 @@ A Sentinel that is away is not asked again and again, as redis-py would, for fou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,9 +19,7 @@ from redis.retry import Retry
 SCHEME = "sentinel://"
 PORT = 26379
 #: How a Sentinel is asked, by redis-py's own client.
-ASKED: Mapping[str, Any] = MappingProxyType(
-    {"socket_timeout": 2, "socket_connect_timeout": 2, "retry": Retry(NoBackoff(), 0)}
-)
+ASKED: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2, "retry": Retry(NoBackoff(), 0)}
 
 _ADDRESS = re.compile(
     r"sentinel://(?:(?P<credentials>[^@/\s]*)@)?(?P<hosts>[^@/\s]+)/(?P<master>[\w.-]+)(?:/(?P<database>\d{0,4}))?"

@@ -295,7 +295,7 @@ def _connect_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
     from redis.sentinel import Sentinel
 
     address = sentinel.read_sentinel_address(url)
-    master_for: Any = Sentinel(address.hosts, sentinel_kwargs=dict(sentinel.ASKED)).master_for  # type: ignore[no-untyped-call]
+    master_for: Any = Sentinel(address.hosts, sentinel_kwargs=sentinel.ASKED).master_for  # type: ignore[no-untyped-call]
     who = {"username": address.user, "password": address.password, "db": address.database}
     return cast(redis.Redis, master_for(address.master, **who, **options))
 
